@@ -1,0 +1,166 @@
+"The site in docs/: complete, whole without a network, and right in a browser, wide and narrow."
+import functools
+import http.server
+import json
+import re
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "docs"
+PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html"))
+NOTEBOOKS = sorted(p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb")
+                   if "checkpoint" not in str(p))
+WIDTHS = {"desktop": 1280, "phone": 390}
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
+           --disable-background-networking --disable-component-update""".split()
+
+
+def page_of(notebook: str) -> str:
+    "A page has its notebook's name, without the number."
+    return re.sub(r"(^|/)\d+[a-zA-Z0-9]*_", r"\1", notebook).replace(".ipynb", ".html")
+
+
+# Without a browser
+
+class Page(HTMLParser):
+    "The ids of a page, what it links to, its pictures."
+    def __init__(self, page: str):
+        super().__init__()
+        self.ids, self.links, self.images = set(), [], []
+        self.feed((SITE / page).read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if attrs.get("id"): self.ids.add(attrs["id"])
+        self.links += [attrs[k] for k in ("href", "src") if attrs.get(k)]
+        if tag == "img": self.images.append(attrs)
+
+
+@functools.lru_cache
+def parsed(page: str) -> Page: return Page(page)
+
+
+def sidebar(contents) -> list[str]:
+    "Every notebook that a sidebar's contents name."
+    lists = [[e] if isinstance(e, str) else sidebar(e["contents"]) for e in contents]
+    return sum(lists, [])
+
+
+def test_every_notebook_is_a_page_and_in_the_sidebar():
+    config = yaml.safe_load((ROOT / "nbs/_quarto.yml").read_text(encoding="utf-8"))
+    assert sorted(sidebar(config["website"]["sidebar"]["contents"])) == NOTEBOOKS
+    assert sorted(map(page_of, NOTEBOOKS)) == PAGES
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_resolve(page):
+    broken = []
+    for link in parsed(page).links:
+        url = urlsplit(link)
+        if url.scheme == "data": continue
+        assert not url.scheme and not url.netloc, f"an address outside the site: {link}"
+        target = (SITE / page).parent / unquote(url.path) if url.path else SITE / page
+        if target.is_dir(): target /= "index.html"
+        if not target.is_file(): broken.append(link)
+        elif url.fragment and target.suffix == ".html":
+            ids = parsed(target.resolve().relative_to(SITE.resolve()).as_posix()).ids
+            if unquote(url.fragment) not in ids: broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_is_whole(page):
+    text = (SITE / page).read_text(encoding="utf-8")
+    prose = re.sub(r"(?s)<(code|script).*?</\1>", "", text)
+    assert r"\(" not in prose and r"\[" not in prose, "TeX that is not MathML"
+    assert all(image.get("alt") for image in parsed(page).images), "a figure needs fig-alt"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_every_figure_of_a_notebook_is_on_its_page(notebook):
+    cells = json.loads((ROOT / "nbs" / notebook).read_text(encoding="utf-8"))["cells"]
+    shown = [c for c in cells if not re.match(r"#\| *hide\b", "".join(c["source"]))]
+    pictures = [o for c in shown for o in c.get("outputs", [])
+                if any(kind.startswith("image/") for kind in o.get("data", {}))]
+    assert len(parsed(page_of(notebook)).images) >= len(pictures)
+
+
+# In a browser
+
+@pytest.fixture(scope="module")
+def address():
+    "docs/ served on this machine."
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    handler = functools.partial(Handler, directory=SITE)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p: yield p.chromium.launch(executable_path=chromium, args=FLAGS)
+
+
+@pytest.fixture
+def tab(browser, address, request):
+    "An empty tab of the asked width; at the end, whatever went wrong in it."
+    tab = browser.new_page(viewport={"width": WIDTHS[request.param], "height": 844})
+    wrong = []
+
+    def request(r):
+        if not r.url.startswith((address, "data:")): wrong.append(f"outside: {r.url}")
+    tab.on("request", request)
+    tab.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda e: wrong.append(str(e)))
+    tab.on("requestfailed", lambda r: wrong.append(f"failed: {r.url}"))
+    tab.on("response", lambda r: wrong.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
+    yield tab
+    tab.close()
+    assert wrong == []
+
+
+FIGURES = """[...document.querySelectorAll('main img')].map(i => {
+    const r = i.getBoundingClientRect(), s = getComputedStyle(i);
+    return {alt: i.alt, natural: i.naturalWidth * i.naturalHeight, width: r.width, height: r.height,
+            left: r.left, right: r.right, visible: s.visibility == 'visible' && s.opacity > 0};
+})"""
+TOO_WIDE = """[...document.querySelectorAll('main *')].filter(e => {
+    for (let p = e; p.tagName != 'MAIN'; p = p.parentElement)
+        if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX)) return false;
+    return e.getBoundingClientRect().right > innerWidth + 1;
+}).map(e => e.outerHTML.slice(0, 120))"""
+
+
+@pytest.mark.parametrize("tab", WIDTHS, indirect=True)
+@pytest.mark.parametrize("page", PAGES)
+def test_page_in_a_browser(tab, address, page):
+    tab.goto(f"{address}/{page}", wait_until="networkidle")
+    width = tab.viewport_size["width"]
+    for figure in tab.evaluate(FIGURES):
+        assert figure["alt"] and figure["natural"] and figure["visible"], figure
+        assert figure["width"] > 20 and figure["height"] > 20, figure
+        assert figure["left"] >= 0 and figure["right"] <= width, figure
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.evaluate(TOO_WIDE) == []
+    assert tab.locator("main h1").inner_text().strip()
+
+
+@pytest.mark.parametrize("tab", WIDTHS, indirect=True)
+def test_search_finds_a_page(tab, address):
+    entries = json.loads((SITE / "search.json").read_text(encoding="utf-8"))
+    section = next(e for e in entries if e["section"] and e["href"].split("#")[0] != "index.html")
+    tab.goto(address, wait_until="networkidle")
+    if tab.viewport_size["width"] < 992: tab.locator(".quarto-btn-toggle").first.click()
+    tab.locator(".smalldocs-search input").first.fill(section["section"])
+    tab.locator(f'a.search-result[href$="{section["href"]}"]').click()
+    tab.wait_for_url(f"**/{section['href']}")
