@@ -11,7 +11,7 @@ cfg = ini["DEFAULT"]
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"],
     long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
-    keywords=cfg["keywords"], author=cfg["author"], license=cfg["license"],
+    keywords=cfg["keywords"], author=cfg["author"], license_expression=cfg["license"],
     python_requires=f">={cfg['min_python']}", install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(),

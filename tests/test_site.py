@@ -84,11 +84,14 @@ def test_page_is_whole(page):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_every_figure_of_a_notebook_is_on_its_page(notebook):
-    cells = json.loads((ROOT / "nbs" / notebook).read_text(encoding="utf-8"))["cells"]
-    shown = [c for c in cells if not re.match(r"#\| *hide\b", "".join(c["source"]))]
-    pictures = [o for c in shown for o in c.get("outputs", [])
-                if any(kind.startswith("image/") for kind in o.get("data", {}))]
-    assert len(parsed(page_of(notebook)).images) >= len(pictures)
+    pictures = 0
+    for cell in json.loads((ROOT / "nbs" / notebook).read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        kinds = [kind for o in cell.get("outputs", []) for kind in o.get("data", {})]
+        if re.match(r"#\| *hide\b", source) or not any(k.startswith("image/") for k in kinds): continue
+        pictures += 1
+        assert "#| fig-cap:" in source and "#| fig-alt:" in source, source
+    assert len(parsed(page_of(notebook)).images) >= pictures
 
 
 # In a browser

@@ -163,6 +163,8 @@ def main():
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     warnings.simplefilter("error", UserWarning)
+    # nbdev runs a cell that imports; where that is hidden set-up, it may do more than import
+    warnings.filterwarnings("ignore", r"Found cells containing imports[^\n]*\n---\n#\| *hide\b")
     docs, readme_md = get_config().doc_path, ROOT / "README.md"
     with tempfile.TemporaryDirectory() as tmp:
         site, text = build(Path(tmp).resolve())
