@@ -303,7 +303,7 @@ class GaussianBlur:
     def __repr__(self):
         return f"Gaussian blur with p={self.p:g}: sigma {self.sigma[0]:g} to {self.sigma[1]:g} px, kernel {self.kernel:.0%} of the side"
 
-# %% ../nbs/01_augment.ipynb #cce75572
+# %% ../nbs/01_augment.ipynb #779d5be2
 class Policy:
     "A named sequence of operators: stored images in, float views in [0, 1] out."
 
@@ -320,6 +320,16 @@ class Policy:
         with torch.autocast(x.device.type, enabled=False):
             for operator in self.operators: x = operator(x, generator)
         return x.clamp(0, 1)
+
+    @property
+    def crop(self) -> RandomResizedCrop | None:
+        "The policy's crop."
+        return next((o for o in self.operators if isinstance(o, RandomResizedCrop)), None)
+
+    @property
+    def size(self) -> int | None:
+        "Side of the views, in pixels; that of the images where nothing is cropped."
+        return self.crop.size if self.crop else None
 
     def after_crop(self) -> "Policy":
         "The same policy for images that were cropped before, while they were loaded."
