@@ -35,6 +35,12 @@ OUTSIDE = re.compile(r"^\s*(?:[a-z][a-z0-9+.-]*:)?//|^\s*(?:mailto|ftp):", re.I)
 URL = re.compile(r"(?:url\(|@import\s+(?!url))\s*['\"]?([^'\")\s;]+)")
 WEB_FONT = re.compile(r"@import url\([^)]*\);?")  # the theme's; the system's fonts serve as well
 KATEX = re.compile(r'<(?:link|script)[^>]*katex[^>]*>(?:</script>)?\n?')
+NESTED = "".join(f"(?<!<m{t}>)" for t in "sub sup subsup under over underover frac".split())
+TOUCH_UP = [(re.compile(a), b) for a, b in [  # what browsers space or stretch otherwise than TeX
+    (r"<mo>(&#x02016;|&#x0007C;)</mo>", r'<mo stretchy="false">\1</mo>'),  # bars
+    (r"<mo>(&#x0221E;|[A-Za-z]{2,})</mo>", r"<mi>\1</mi>"),  # infinity, named functions
+    (NESTED + r"(<mi>[a-z]{2,}</mi>)(?=<m[^o])", r'\1<mspace width="0.17em"/>'),  # log x
+]]
 SPAN = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 
 
@@ -59,7 +65,8 @@ def renumbered(text: str) -> str:
 def processed(path: Path):
     "A notebook as nbdev shows it: signatures in place of exported code, hidden cells gone."
     nb = read_nb(path)
-    FilterDefaults()(nb)
+    try: FilterDefaults()(nb)
+    except UserWarning as warning: raise SystemExit(f"{path.name}: {warning}") from None
     for cell in nb.cells:
         if cell.cell_type == "markdown": cell.source = renumbered(cell.source)
         if cell.cell_type == "raw": cell.source = re.sub(r"(?m)^output-file: .*\n", "", cell.source)
@@ -83,6 +90,7 @@ def mathml(span: re.Match) -> str:
     if re.search(r"\\begin\{aligned\}|\\math(?:bf|bb)\{\d", tex):
         raise SystemExit(f"use align, or an Iverson bracket; MathML shows this wrongly: {tex}")
     out = convert(tex, display="block" if span[1] == "display" else "inline")
+    for pattern, to in TOUCH_UP: out = pattern.sub(to, out)
     if "\\" in out: raise SystemExit(f"unknown TeX command in: {tex}")
     return f'<span class="math {span[1]}">{out}</span>'
 

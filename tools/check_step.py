@@ -1,4 +1,4 @@
-"""Fail where nbdev-export or nbdev-clean would change a file: modules out of step, notebooks not clean.
+"""Fail where nbdev-export or nbdev-clean changes a file: a module out of step, outputs not clean.
 
 The files are then in step, and named, so that `git diff` shows what was not.
 """
@@ -20,7 +20,7 @@ def main():
     for command in ("nbdev-export", "nbdev-clean"): subprocess.run([command], cwd=ROOT, check=True)
     after = snapshot()
     changed = sorted(str(p) for p in before.keys() | after.keys() if before.get(p) != after.get(p))
-    if changed: raise SystemExit("\n".join(["were not in step; they are now, look at them:", *changed]))
+    if changed: raise SystemExit("\n".join(["were not in step, and now are:", *changed]))
     print(f"in step: {len(after)} modules and notebooks")
 
 
