@@ -4,29 +4,34 @@
 
 # %% auto #0
 __all__ = ['NAMED_SOURCES', 'read_image', 'find_images', 'check_images', 'ImageArrays', 'load_arrays', 'ArrayLoader',
-           'ImageFiles', 'central_square', 'Source', 'folder_source', 'digits_source', 'cifar10_source', 'find_source',
-           'SimCLRDataLoaders', 'simclr_dls', 'clean_loader', 'label_subset']
+           'central_square', 'CleanFiles', 'ImageFiles', 'Source', 'folder_source', 'digits_source', 'cifar10_source',
+           'find_source', 'SimCLRDataLoaders', 'simclr_dls', 'clean_loader', 'label_subset']
 
-# %% ../nbs/02_data.ipynb #7177cca7
+# %% ../nbs/02_data.ipynb #4d68c212
 import os
 import random
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.data.core import DataLoaders
-from fastai.data.external import URLs, untar_data
-from fastai.data.load import DataLoader
-from fastai.torch_core import default_device
 from fastcore.basics import chunked
 from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .augment import POLICIES, Policy, RandomResizedCrop, create_policy
+with warnings.catch_warnings():  # fastai scripts some functions at import, which torch calls deprecated
+    warnings.simplefilter("ignore", FutureWarning)
+    import fastai.learner
+from fastai.data.core import DataLoaders
+from fastai.data.external import URLs, untar_data
+from fastai.data.load import DataLoader
+from fastai.torch_core import default_device
+
+from .augment import Policy, RandomResizedCrop, create_policy, crop_resize
 from .show import image_grid
 
 # %% ../nbs/02_data.ipynb #636f158b
@@ -63,6 +68,11 @@ def find_images(
         raise ValueError(f"no image in {folder}: {found}")
     return images
 
+# %% ../nbs/02_data.ipynb #7dae9feb
+def _watch(results: Iterable, total: int, progress: bool) -> Iterable:
+    "Progress bar with ETA around results that take long to come."
+    return progress_bar(results, total=total, leave=False) if progress and total > 2_000 else results
+
 # %% ../nbs/02_data.ipynb #a964f800
 def _probe(path: Path) -> tuple[tuple[int, int], str]:
     "Size of an image and why it cannot be decoded (empty if it can)."
@@ -74,7 +84,7 @@ def _probe(path: Path) -> tuple[tuple[int, int], str]:
             return size, ""
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error: return (0, 0), str(error)
 
-# %% ../nbs/02_data.ipynb #8ed25a46
+# %% ../nbs/02_data.ipynb #c76253cd
 def check_images(
     paths: Sequence[Path],  # Image files
     skip_bad: bool = False,  # Leave damaged files out instead of raising
@@ -82,8 +92,7 @@ def check_images(
 ) -> tuple[list[Path], list[tuple[int, int]], list[str]]:  # Good files, their (width, height), one line per bad file
     "Decode every file once; raises `ValueError` that names the first damaged file and counts the others."
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = progress_bar(pool.map(_probe, paths), total=len(paths), display=progress and len(paths) > 2_000, leave=False)
-        probed = list(zip(paths, bar, strict=True))
+        probed = list(zip(paths, _watch(pool.map(_probe, paths), len(paths), progress), strict=True))
     bad = [f"{path}: {reason}" for path, (_, reason) in probed if reason]
     if bad and not skip_bad:
         others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -92,7 +101,7 @@ def check_images(
     if not good: raise ValueError(f"all {len(bad)} image files are damaged, the first: {bad[0]}")
     return [path for path, _ in good], [size for _, size in good], bad
 
-# %% ../nbs/02_data.ipynb #2fc4e1e6
+# %% ../nbs/02_data.ipynb #4ffad458
 @dataclass
 class ImageArrays:
     "Images of one size in memory; indexing with a list gives a batch."
@@ -102,10 +111,23 @@ class ImageArrays:
 
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.images[i], self.labels[i]
-    def clean(self) -> "ImageArrays": return self
     def new_empty(self) -> "ImageArrays": return ImageArrays(self.images[:0], self.labels[:0])
 
-# %% ../nbs/02_data.ipynb #b131bfdd
+    def clean(self, size: int) -> "ImageArrays":
+        "The whole images, resized where they are not `size` pixels wide."
+        n, _, h, w = self.images.shape
+        if h == w == size: return self
+        box = torch.tensor([[0, 0, h, w]])
+        views = [crop_resize(x.float(), box.expand(len(x), -1), size) for x in self.images.split(256)]
+        return ImageArrays(torch.cat(views).round_().clamp_(0, 255).byte(), self.labels)
+    def new_empty(self) -> "ImageArrays": return ImageArrays(self.images[:0], self.labels[:0])
+
+# %% ../nbs/02_data.ipynb #8d1999f2
+def _to_tensor(image: Image.Image) -> Tensor:  # `(3, H, W)`, uint8
+    "Pixels of an RGB image."
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+# %% ../nbs/02_data.ipynb #b8256fc8
 def load_arrays(
     paths: Sequence[Path],  # Image files, all of one size
     labels: Sequence[int],  # One per file
@@ -113,10 +135,9 @@ def load_arrays(
 ) -> ImageArrays:  # In the order of `paths`
     "Decode files of one size into memory, on all cores."
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = pool.map(lambda path: torch.from_numpy(np.array(read_image(path))), paths)
-        bar = progress_bar(decoded, total=len(paths), display=progress and len(paths) > 2_000, leave=False)
-        images = torch.stack(list(bar))
-    return ImageArrays(images.permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
+        decoded = pool.map(lambda path: _to_tensor(read_image(path)), paths)
+        images = torch.stack(list(_watch(decoded, len(paths), progress)))
+    return ImageArrays(images, torch.tensor(labels))
 
 # %% ../nbs/02_data.ipynb #8c60dcbe
 class ArrayLoader(DataLoader):
@@ -126,32 +147,6 @@ class ArrayLoader(DataLoader):
         for batch in chunked(samps, self.bs, self.drop_last): yield self.dataset[batch]
 
     def show_batch(self, max_n: int = 16): return image_grid(self.one_batch()[0][:max_n])
-
-# %% ../nbs/02_data.ipynb #a7ab1efb
-@dataclass
-class ImageFiles:
-    "Images on disk: two random crops each, or one central square after `clean()`."
-
-    paths: list[Path]  # Image files
-    labels: Tensor  # `(N,)`, int64; -1: unknown
-    crop: RandomResizedCrop  # The crop of the policy
-    is_clean: bool = False  # One central square instead of two crops
-
-    def __len__(self): return len(self.paths)
-    def clean(self) -> "ImageFiles": return ImageFiles(self.paths, self.labels, self.crop, True)
-    def new_empty(self) -> "ImageFiles": return ImageFiles([], self.labels[:0], self.crop, self.is_clean)
-
-    def __getitem__(self, i):
-        image = read_image(self.paths[i])
-        views = [central_square(image, self.crop.size)] if self.is_clean else self._crops(image)
-        arrays = torch.stack([torch.from_numpy(np.array(v)).permute(2, 0, 1) for v in views])
-        return arrays[0] if self.is_clean else arrays, self.labels[i]
-
-    def _crops(self, image: Image.Image) -> list[Image.Image]:
-        boxes, flips = self.crop.draw(2, image.height, image.width)
-        side = (self.crop.size, self.crop.size)
-        crops = [image.crop((x, y, x + w, y + h)).resize(side, Image.BILINEAR) for y, x, h, w in boxes.tolist()]
-        return [ImageOps.mirror(c) if flip else c for c, flip in zip(crops, flips, strict=True)]
 
 # %% ../nbs/02_data.ipynb #3e1067e5
 def central_square(
@@ -163,6 +158,42 @@ def central_square(
     side = margin * min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return image.resize((size, size), Image.BICUBIC, (left, top, left + side, top + side))
+
+# %% ../nbs/02_data.ipynb #8b3df037
+@dataclass
+class CleanFiles:
+    "Images on disk, one central square of each."
+
+    paths: list[Path]  # Image files
+    labels: Tensor  # `(N,)`, int64; -1: unknown
+    size: int  # Side of the squares, in pixels
+
+    def __len__(self): return len(self.paths)
+    def __getitem__(self, i): return _to_tensor(central_square(read_image(self.paths[i]), self.size)), self.labels[i]
+
+# %% ../nbs/02_data.ipynb #fb57f01c
+@dataclass
+class ImageFiles:
+    "Images on disk, two random crops of each."
+
+    paths: list[Path]  # Image files
+    labels: Tensor  # `(N,)`, int64; -1: unknown
+    crop: RandomResizedCrop  # The crop of the policy
+
+    def __len__(self): return len(self.paths)
+    def new_empty(self) -> "ImageFiles": return ImageFiles([], self.labels[:0], self.crop)
+
+    def clean(self, size: int) -> "CleanFiles":
+        "One central square of each image."
+        return CleanFiles(self.paths, self.labels, size)
+
+    def __getitem__(self, i):
+        image = read_image(self.paths[i])
+        boxes, flips = self.crop.draw(2, image.height, image.width)
+        side = (self.crop.size, self.crop.size)
+        crops = [image.crop((x, y, x + w, y + h)).resize(side, Image.BILINEAR) for y, x, h, w in boxes.tolist()]
+        views = [ImageOps.mirror(c) if flip else c for c, flip in zip(crops, flips, strict=True)]
+        return torch.stack([_to_tensor(view) for view in views]), self.labels[i]
 
 # %% ../nbs/02_data.ipynb #a6ebbf39
 def _deal(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -324,15 +355,15 @@ def simclr_dls(
                 in_memory=arrays, skipped=skipped)
     return SimCLRDataLoaders(train, valid, policy=policy, classes=source.classes, info=info, device=device)
 
-# %% ../nbs/02_data.ipynb #7713b27a
+# %% ../nbs/02_data.ipynb #26ce35f0
 def clean_loader(
-    dls: DataLoaders,  # Ours, or any fastai `DataLoaders` of images
+    dls: DataLoaders,  # From `simclr_dls`, or any fastai `DataLoaders` of images
     i: int = 1,  # 0: training set, 1: validation set
     bs: int | None = None,  # Batch size; that of `dls` by default
 ) -> DataLoader:  # Batches `(x, y)`, each image once, in order
     "Loader without augmentation, shuffling or dropped images."
     dataset = dls[i].dataset
-    if hasattr(dataset, "clean"): dataset = dataset.clean()
+    if isinstance(dls, SimCLRDataLoaders): dataset = dataset.clean(dls.policy.size)
     return dls.valid.new(dataset, shuffle=False, drop_last=False, bs=bs or dls.train.bs)
 
 # %% ../nbs/02_data.ipynb #eeb1f000
