@@ -1,19 +1,21 @@
 # `pip install -e '.[dev]'` first.
 SHELL := bash
 export MPLBACKEND := agg
+# two notebooks at a time, one core each: more threads than cores are slower than one
+RUN := OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 .PHONY: test slow docs check
 
 test:  # every notebook, then every test that takes less than a minute
-	nbdev-test --n-workers 2
+	$(RUN)
 	python -m pytest -q -m "not slow"
 
 slow:  # the rest: cells marked `slow`, tests marked slow
-	nbdev-test --n-workers 2 --flags slow
+	$(RUN) --flags slow
 	python -m pytest -q -m slow
 
 docs:  # modules, outputs, docs/ and README.md from the notebooks
 	nbdev-export
-	nbdev-test --n-workers 2 --save
+	$(RUN) --save
 	nbdev-clean
 	python tools/build_docs.py
 

@@ -363,10 +363,10 @@ def cifar_policy(
     "Crop, flip and half-strength colour distortion without blur, as the paper pretrains on CIFAR-10 (B.9)."
     return Policy("cifar", [RandomResizedCrop(size), *color_distortion(strength)])
 
-# %% ../nbs/01_augment.ipynb #fad2865a
+# %% ../nbs/01_augment.ipynb #8a77ae9c
 def digits_policy(
     size: int = 16,  # Side of the views, in pixels
-    strength: float = 1.0,  # Strength of the brightness and contrast jitter
+    strength: float = 0.5,  # Strength of the brightness and contrast jitter
 ) -> Policy:
     "Mild crop, brightness, contrast and blur for small pictures of characters; no flip, no colour."
     if not 0 <= strength <= 1.25: raise ValueError(f"strength must lie in [0, 1.25], got {strength}")

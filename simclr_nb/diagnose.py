@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
 
-# %% ../nbs/08_diagnose.ipynb #a1e24c32
+# %% ../nbs/08_diagnose.ipynb #d2c53475
 @torch.no_grad()
 def represent(
     encoder: nn.Module,  # Maps images `(N, 3, S, S)`, float in [0, 1], to `h`, `(N, D)`
@@ -27,6 +27,7 @@ def represent(
     hs, ys = [], []
     try:
         for x, y in progress_bar(loader, leave=False) if progress else loader:
+            x, y = (t.as_subclass(Tensor) for t in (x, y))  # fastai hands out subclasses
             x = x.to(device, memory_format=torch.channels_last)
             hs.append(encoder(x / 255 if x.dtype == torch.uint8 else x.float()).float().cpu())
             ys.append(y.cpu())
