@@ -323,11 +323,11 @@ def _check_batch(bs: int, n_train: int, n_valid: int) -> None:
         raise ValueError(f"batch size {bs} is larger than the {n_train} training images: use at most {n_train}")
     if n_valid < 2: raise ValueError(f"expected at least 2 validation images, got {n_valid}")
 
-# %% ../nbs/02_data.ipynb #83f94347
+# %% ../nbs/02_data.ipynb #31bb4b6b
 def simclr_dls(
     data: str | Path | Source = "digits",  # "digits", "cifar10", a folder of images, or a `Source`
     size: int | None = None,  # Side of the views, 8 to 1024 pixels; by default that of small images, 96 for photos
-    bs: int = 256,  # Images in a batch, N; the encoder sees 2N views
+    bs: int | None = None,  # Images in a batch, N; 256, or half the training images if those are fewer
     policy: str | Policy = "auto",  # Augmentation: a name of `POLICIES`, or a `Policy`
     strength: float | None = None,  # Strength of the colour distortion; the policy's own by default
     n_train: int | None = None,  # Only the first images (balanced over classes); all by default
@@ -342,6 +342,7 @@ def simclr_dls(
     source, skipped = _decode(find_source(data), n_train, n_valid, skip_bad, progress)
     arrays = isinstance(source.train, ImageArrays)
     policy = _settings(source, arrays, size, policy, strength)
+    bs = min(256, max(len(source.train) // 2, 2)) if bs is None else bs
     _check_batch(bs, len(source.train), len(source.valid))
     sets, kwargs = [source.train, source.valid], {}
     if not arrays:

@@ -6,7 +6,7 @@
 __all__ = ['Result', 'accuracy_result', 'mean_result', 'environment', 'Features', 'encoder_features', 'pixel_features',
            'random_encoder', 'knn_accuracy', 'logistic_accuracy', 'linear_evaluation']
 
-# %% ../nbs/11_evaluate.ipynb #a484e206
+# %% ../nbs/11_evaluate.ipynb #107d8873
 import json
 import platform
 import resource
@@ -22,7 +22,7 @@ from fastprogress.fastprogress import progress_bar
 from scipy.stats import binomtest, t
 from torch import Tensor, nn
 
-from .augment import Policy, RandomResizedCrop
+from .augment import Policy
 from .data import SimCLRDataLoaders, clean_loader, label_subset
 from .diagnose import knn_predict, represent
 from .encoder import create_encoder
@@ -116,15 +116,17 @@ def encoder_features(
                 images_per_second=round((len(train[0]) + len(test[0])) / seconds))
     return Features(*train, *test, card)
 
-# %% ../nbs/11_evaluate.ipynb #69eaf243
+# %% ../nbs/11_evaluate.ipynb #3f64c46a
 def pixel_features(
     dls: SimCLRDataLoaders,  # The validation set is the test set
 ) -> Features:
-    "Raw pixels as features: the baseline that has learned nothing and lost nothing."
+    "Raw pixels, at most 32 x 32, as features: the baseline that has learned nothing."
     batches = [list(clean_loader(dls, i)) for i in (0, 1)]
     (h_train, y_train), (h_test, y_test) = (map(torch.cat, zip(*b, strict=True)) for b in batches)
-    h_train, h_test = (h.cpu().flatten(1).float() / 255 for h in (h_train, h_test))
-    return Features(h_train, y_train.cpu(), h_test, y_test.cpu(), dict(encoder="pixels", feature="pixels", data=dls.info))
+    side = min(h_train.shape[-1], 32)
+    h_train, h_test = (F.adaptive_avg_pool2d(h.cpu().float() / 255, side).flatten(1) for h in (h_train, h_test))
+    card = dict(encoder="pixels", feature=f"pixels, {side} x {side}", data=dls.info)
+    return Features(h_train, y_train.cpu(), h_test, y_test.cpu(), card)
 
 # %% ../nbs/11_evaluate.ipynb #654fb42f
 def random_encoder(
@@ -160,7 +162,7 @@ def _fit_logistic(h: np.ndarray, y: np.ndarray, strengths: tuple) -> tuple:
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3))
     return GridSearchCV(model, {"logisticregression__C": strengths}, cv=split).fit(h, y)
 
-# %% ../nbs/11_evaluate.ipynb #e4264381
+# %% ../nbs/11_evaluate.ipynb #5e9d7a96
 def logistic_accuracy(
     features: Features,  # Of training and test images
     per_class: int | None = None,  # Labelled images of each class; all if None
@@ -171,7 +173,7 @@ def logistic_accuracy(
     y_train, y_test = features.y_train.numpy(), features.y_test.numpy()
     subsets = [np.arange(len(y_train))]
     if per_class: subsets = [label_subset(features.y_train, per_class, seed).numpy() for seed in range(draws)]
-    h_train, h_test = features.h_train.double().numpy(), features.h_test.double().numpy()
+    h_train, h_test = features.h_train.numpy(), features.h_test.numpy()
     searches = [_fit_logistic(h_train[subset], y_train[subset], strengths) for subset in subsets]
     correct = [search.predict(h_test) == y_test for search in searches]
     selected = [search.best_params_["logisticregression__C"] for search in searches]
@@ -180,14 +182,14 @@ def logistic_accuracy(
     if per_class: return mean_result([c.mean() for c in correct], label_seeds=list(range(draws)), n_test=len(y_test), **card)
     return accuracy_result(torch.from_numpy(correct[0]), **card)
 
-# %% ../nbs/11_evaluate.ipynb #e32c18a1
+# %% ../nbs/11_evaluate.ipynb #c924ddfb
 def _batches(encoder: nn.Module, dls: SimCLRDataLoaders, augment: bool, bs: int) -> Iterable:
     "Endless epochs of `(h, y)`: lists of batches, from augmented images or from features computed once."
     device = next(encoder.parameters()).device
     if not augment:
         h, y = (t.to(device) for t in represent(encoder, clean_loader(dls, 0)))
         while True: yield [(h[rows], y[rows]) for rows in torch.randperm(len(h), device=device).split(bs)]
-    crop_flip = Policy("crop and flip", [RandomResizedCrop(dls.policy.size)])
+    crop_flip = Policy("crop and flip", [dls.policy.crop])
     loader = dls.train.new(bs=bs, shuffle=True, drop_last=False)
     while True: yield ((_frozen(encoder, x, crop_flip), y.to(device)) for x, y in loader)
 
@@ -198,7 +200,7 @@ def _frozen(encoder: nn.Module, x: Tensor, crop_flip: Policy) -> Tensor:
     views = crop_flip(x) if x.ndim == 4 else x[:, 0].float() / 255
     return encoder(views.contiguous(memory_format=torch.channels_last)).float()
 
-# %% ../nbs/11_evaluate.ipynb #ba59d3c8
+# %% ../nbs/11_evaluate.ipynb #cf5cdd88
 def linear_evaluation(
     encoder: nn.Module,  # Gives h; frozen, and bit-identical afterwards
     dls: SimCLRDataLoaders,  # Trains on the training set; the validation set is the test set
@@ -216,7 +218,7 @@ def linear_evaluation(
         h, y = represent(encoder, clean_loader(dls, 1))
     finally: encoder.train(training)
     card = dict(protocol="linear evaluation", optimizer=f"SGD, Nesterov 0.9, lr {lr} * {bs} / 256, cosine, no weight decay",
-                epochs=epochs, bs=bs, augmentation="random crop and flip" if augment else "none", selection="none",
+                epochs=epochs, bs=bs, augmentation=repr(dls.policy.crop) if augment else "none", selection="none",
                 feature="h", config=getattr(encoder, "config", type(encoder).__name__), data=dls.info,
                 seconds=round(time.perf_counter() - start, 1), **environment())
     return accuracy_result(classifier.cpu()(h).argmax(1) == y, **card)

@@ -48,7 +48,7 @@ def contrastive_top1(
     "Share of first views whose own second view is the most similar of all; a column of the table."
     return contrastive_accuracy(out.z)
 
-# %% ../nbs/10_learner.ipynb #4a0f06c7
+# %% ../nbs/10_learner.ipynb #5f99bbff
 class SimCLRLearner(Learner):
     "fastai `Learner` that pretrains an encoder by contrasting views; made by `simclr_learner`."
 
@@ -81,8 +81,9 @@ class SimCLRLearner(Learner):
 
     def save_encoder(self, path: str | Path, **metadata) -> Path:
         "Save the encoder alone, as safetensors with all that is needed to rebuild it."
-        about = dict(policy=repr(self.views.two_views.policy), temperature=self.loss_func.temperature)
-        return save_encoder(self.model.encoder, path, **about, **metadata)
+        policy = self.views.two_views.policy
+        about = dict(policy=repr(policy), size=policy.size, temperature=self.loss_func.temperature)
+        return save_encoder(self.model.encoder, path, **about | metadata)
 
     def load_encoder(self, path: str | Path) -> "SimCLRLearner":
         "Load the weights of a saved encoder; raises `ValueError` if it is of another architecture."
