@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['RunConfig', 'compare_with_baselines', 'report_html', 'Run', 'run_pretraining']
 
-# %% ../nbs/11b_run.ipynb #e5576323
+# %% ../nbs/11b_run.ipynb #41ec040e
 import json
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -16,12 +17,10 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .augment import TwoViews
 from .data import SimCLRDataLoaders, clean_loader, simclr_dls
 from .diagnose import covariance_spectrum, represent, tsne
 from .encoder import create_encoder, write_atomic
 from simclr_nb.evaluate import (
-    Features,
     Result,
     encoder_features,
     environment,
@@ -30,25 +29,26 @@ from simclr_nb.evaluate import (
     pixel_features,
     random_encoder,
 )
-from .learner import SimCLRLearner, simclr_learner
+from .learner import BASE_LR, SimCLRLearner, simclr_learner
 from .loss import NTXent
 from .optim import scale_lr
-from .show import figure_html, plot_embeddings, plot_history, plot_spectra, view_pairs
+from .show import figure_html, plot_embeddings, plot_spectra, view_pairs
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
 
-# %% ../nbs/11b_run.ipynb #557ee8cd
+# %% ../nbs/11b_run.ipynb #4e87edbf
 @dataclass
 class RunConfig:
     "Settings of a pretraining run."
 
-    data: str = "digits"  # "digits", "cifar10", or a folder of images, labelled by sub-folder or not
+    data: str = "digits"  # "digits", "cifar10", or a folder, labelled by sub-folder or not
     arch: str = "resnet18"  # Encoder: resnet18, 34, 50, 101, 152 or 200
     width: float = 0.25  # Multiplies the channels of the encoder
     epochs: int | None = None  # Passes over the training images; 60 for digits, else 12
     bs: int | None = None  # Images in a batch; 256, or half the training images if those are fewer
-    temperature: float = 0.5  # Softmax temperature of the loss
-    lr: float | None = None  # Base learning rate; the paper's for the scaling rule, for digits twice that
+    temperature: float | None = None  # Softmax temperature of the loss; 0.5 for digits, else 0.2
+    lr: float | None = None  # Base learning rate; twice the paper's: sqrt 0.15, linear 0.6
+    zero_init_last: bool = False  # Start residual blocks as the identity, as the official code does
     scaling: str = "sqrt"  # How the learning rate grows with the batch: sqrt, linear or none
     size: int | None = None  # Side of the views in pixels; that of small images, 96 for photos
     policy: str = "auto"  # Augmentation policy: auto, paper, cifar or digits
@@ -61,24 +61,27 @@ class RunConfig:
     skip_bad: bool = False  # Skip damaged image files, count and list them, instead of stopping
     out: str | None = None  # Folder of the run; a new one under "runs" by default
 
-# %% ../nbs/11b_run.ipynb #0676c637
+# %% ../nbs/11b_run.ipynb #a2269c94
 def _check(config: RunConfig) -> None:
     "Refuse at once, before any image is read, what would fail later."
     with torch.device("meta"): create_encoder(config.arch, config.width)
-    NTXent(config.temperature)
+    NTXent(0.5 if config.temperature is None else config.temperature)
     scale_lr(config.lr or 0.0, config.bs or 256, config.scaling)
     for name in ("epochs", "n_train", "n_valid"):
         value = getattr(config, name)
-        if value is not None and value < 1: raise ValueError(f"{name} must be at least 1, got {value}")
-    if config.workers is not None and config.workers < 0: raise ValueError(f"workers must be >= 0, got {config.workers}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if config.workers is not None and config.workers < 0:
+        raise ValueError(f"workers must be at least 0, got {config.workers}")
 
-# %% ../nbs/11b_run.ipynb #5aa791fc
+# %% ../nbs/11b_run.ipynb #8b6d61c4
 def _complete(config: RunConfig, bs: int) -> RunConfig:
     "Configuration with the values that the data decided."
     is_digits = config.data == "digits"
-    epochs = config.epochs or (60 if is_digits else 12)
-    lr = 0.15 if config.lr is None and is_digits and config.scaling == "sqrt" else config.lr
-    return replace(config, epochs=epochs, lr=lr, bs=bs)
+    decided = dict(epochs=60 if is_digits else 12, temperature=0.5 if is_digits else 0.2)
+    if config.scaling in BASE_LR: decided["lr"] = 2 * BASE_LR[config.scaling]
+    open_fields = {k: v for k, v in decided.items() if getattr(config, k) is None}
+    return replace(config, bs=bs, **open_fields)
 
 # %% ../nbs/11b_run.ipynb #ef9fe023
 def _new_folder(config: RunConfig) -> Path:
@@ -97,7 +100,7 @@ def _new_folder(config: RunConfig) -> Path:
         return folder
     raise ValueError("no free folder under runs: give one with out (--out)")
 
-# %% ../nbs/11b_run.ipynb #42889c92
+# %% ../nbs/11b_run.ipynb #dfb6164b
 def compare_with_baselines(
     encoders: dict[str, torch.nn.Module],  # Name to encoder
     dls: SimCLRDataLoaders,  # Labelled; the validation set is the test set
@@ -106,80 +109,108 @@ def compare_with_baselines(
     "k-NN and logistic regression on raw pixels and on each encoder."
     features = dict(pixels=pixel_features(dls))
     features |= {name: encoder_features(encoder, dls, name) for name, encoder in encoders.items()}
-    results = {}
+    protocols = {"all labels": logistic_accuracy, "k-NN": knn_accuracy}
     if features["pixels"].y_train.bincount().min() >= per_class:
-        results[f"{per_class} labels per class"] = {n: logistic_accuracy(f, per_class) for n, f in features.items()}
-    results["all labels"] = {name: logistic_accuracy(f) for name, f in features.items()}
-    results["k-NN"] = {name: knn_accuracy(f) for name, f in features.items()}
-    return results
+        few = {f"{per_class} labels per class": partial(logistic_accuracy, per_class=per_class)}
+        protocols = few | protocols
+    return {p: {name: run(f) for name, f in features.items()} for p, run in protocols.items()}
 
-# %% ../nbs/11b_run.ipynb #39baac63
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-img{max-width:100%;height:auto}table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:
-1px solid #ddd;text-align:left}figure{margin:1.5rem 0}figcaption,small{color:#555}pre{background:#f5f5f5;padding:.8rem;
-overflow-x:auto;font-size:.8rem}div{overflow-x:auto}"""
+# %% ../nbs/11b_run.ipynb #b913372b
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+body { color: #222 } img { max-width: 100%; height: auto } figure { margin: 1.5rem 0 }
+table { border-collapse: collapse; margin: 1rem 0 } div { overflow-x: auto }
+td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left }
+figcaption, small { color: #555 } small { display: block } summary { cursor: pointer }
+pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .8rem }
+"""
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
 
-# %% ../nbs/11b_run.ipynb #5458bb0a
+# %% ../nbs/11b_run.ipynb #85fd1161
 def _table(results: dict[str, dict[str, Result]]) -> str:
     "HTML table: one row per feature, one column per protocol, each with its interval."
-    head = "".join(f"<th>{escape(protocol)}</th>" for protocol in results)
-    names = list(next(iter(results.values())))
-    cells = {n: "".join(f"<td>{r[n].value:.1%} <small>{r[n].low:.1%} to {r[n].high:.1%}</small></td>" for r in results.values())
-             for n in names}
-    rows = "".join(f"<tr><th>{escape(name)}</th>{cells[name]}</tr>" for name in names)
-    return f"<div><table><tr><th></th>{head}</tr>{rows}</table></div>"
+    rows = [["", *map(escape, results)]]
+    for name in next(iter(results.values())):
+        rs = [column[name] for column in results.values()]
+        interval = "{0.value:.1%} <small>{0.low:.1%} to {0.high:.1%}</small>".format
+        rows.append([escape(name), *map(interval, rs)])
+    body = "".join(f"<tr><th>{'</td><td>'.join(row)}</td></tr>" for row in rows)
+    return f"<div><table>{body}</table></div>"
 
-# %% ../nbs/11b_run.ipynb #5fa79703
-def _figures(learn: SimCLRLearner, untrained: torch.nn.Module, views: Tensor) -> list[tuple[str, str]]:
-    "HTML images and captions of a run."
-    groups = {"loss (nats)": ["train_loss", "valid_loss"], "contrastive top-1": ["contrastive_top1"], "accuracy": ["probe", "knn"]}
-    chance = {"contrastive top-1": 1 / learn.dls.valid.bs}
-    if learn.dls.classes: chance["accuracy"] = 1 / len(learn.dls.classes)
-    curves = plot_history(learn.history(), groups, chance)
+# %% ../nbs/11b_run.ipynb #9d0bd350
+def _lines(title: str, content) -> str:
+    "Title that opens to one line per entry."
+    entries = content if isinstance(content, dict) else {title: content}
+    shown = {k: v if isinstance(v, str) else json.dumps(v) for k, v in entries.items()}
+    text = "\n".join(f"{k}: {v}" for k, v in shown.items())
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+
+# %% ../nbs/11b_run.ipynb #94294ac9
+def _figures(
+    learn: SimCLRLearner,  # After pretraining
+    untrained: torch.nn.Module,  # The same encoder at random initialisation
+    views: Tensor,  # Two views of some images
+) -> dict[str, str]:  # Caption to HTML image
+    "Figures of a report."
     loader = clean_loader(learn.dls, 1)
     loader.n = min(1000, len(loader.dataset))
-    maps, spectra, y = {}, {}, None
-    for name, encoder in dict(random=untrained, pretrained=learn.model.encoder).items():
-        h, y = represent(encoder, loader)
-        spectra[name] = covariance_spectrum(h)
-        if len(h) >= 10: maps[f"{name} encoder"] = tsne(h)
-    figures = [(figure_html(curves, "Loss, contrastive accuracy and accuracy over epochs"), "Training. Dashed: chance."),
-               (figure_html(view_pairs(views), "Pairs of augmented views", photo=True), "Two views of each of eight images.")]
-    if maps:
-        embedding = plot_embeddings(maps, y, learn.dls.classes)
-        figures.append((figure_html(embedding, "t-SNE before and after"), "t-SNE of h of validation images, before and after."))
-    spectrum = figure_html(plot_spectra(spectra), "Covariance spectra of h before and after")
-    return figures + [(spectrum, "Covariance spectrum of h: a curve that drops to nothing has collapsed.")]
+    encoders = dict(random=untrained, pretrained=learn.model.encoder)
+    hs = {name: represent(encoder, loader)[0] for name, encoder in encoders.items()}
+    y = represent(untrained, loader)[1]
+    figures = {"Training, epoch by epoch. Dashed: what guessing gives.": learn.plot_history(),
+               "Two views of each of eight training images.": view_pairs(views)}
+    if len(y) >= 10:
+        maps = {name: tsne(h) for name, h in hs.items()}
+        caption = "t-SNE maps of h of validation images: random encoder, pretrained encoder."
+        figures[caption] = plot_embeddings(maps, y, learn.dls.classes)
+    caption = "Covariance spectra of h. One that drops to nothing at once has collapsed."
+    figures[caption] = plot_spectra({name: covariance_spectrum(h) for name, h in hs.items()})
+    return {c: figure_html(f, c, photo="views" in c) for c, f in figures.items()}
 
-# %% ../nbs/11b_run.ipynb #077a32c2
+# %% ../nbs/11b_run.ipynb #341fd755
 def report_html(
     title: str,  # Heading of the page
-    figures: list[tuple[str, str]],  # HTML images with captions
+    figures: dict[str, str],  # Caption to HTML image
     results: dict[str, dict[str, Result]],  # Protocol to feature to result; may be empty
-    settings: dict,  # Shown at the end, with the card
+    settings: dict,  # Shown at the end
 ) -> str:  # A page that refers to nothing outside itself
-    "Report of a run."
-    parts = [f"<h1>{escape(title)}</h1>"]
-    if results: parts += ["<h2>Accuracy on held-out images</h2>", _table(results), "<p><small>95% intervals.</small></p>"]
-    parts += [f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>" for image, caption in figures]
-    cards = {protocol: {name: asdict(r) for name, r in column.items()} for protocol, column in results.items()}
-    parts += [f"<h2>Settings</h2><pre>{escape(json.dumps(settings, indent=2))}</pre>"]
-    if results: parts.append(f"<h2>Result cards</h2><pre>{escape(json.dumps(cards, indent=1))}</pre>")
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    return f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
+    "Report of a run: accuracy table, figures, settings, and the card of each result."
+    parts = []
+    if results:
+        note = "<p><small>Accuracy on held-out images, with 95% intervals.</small></p>"
+        parts += ["<h2>What was learned</h2>", _table(results), note]
+    for caption, image in figures.items():
+        parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
+    parts += ["<h2>Settings</h2>", *(_lines(name, value) for name, value in settings.items())]
+    if results: parts.append("<h2>Result cards</h2><p>How each number was measured.</p>")
+    for protocol, column in results.items():
+        parts += [_lines(f"{name}, {protocol}: {r}", r.card) for name, r in column.items()]
+    return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(parts))
 
-# %% ../nbs/11b_run.ipynb #05b8b337
+# %% ../nbs/11b_run.ipynb #3821a9b4
 def _pretrain(learn: SimCLRLearner, config: RunConfig, folder: Path) -> dict:
     "Train and save the encoder; what the card says of it."
     start = time.perf_counter()
     learn.pretrain(config.epochs, config.lr, config.scaling, cbs=[CSVLogger()])
     seconds = time.perf_counter() - start
-    images = config.epochs * len(learn.dls.train) * learn.dls.train.bs
-    card = dict(seconds=round(seconds, 1), images_per_second=round(images / seconds), **environment())
+    speed = config.epochs * len(learn.dls.train) * learn.dls.train.bs / seconds
     learn.save_encoder(folder / "encoder.safetensors", run=asdict(config))
-    return card
+    return dict(seconds=round(seconds, 1), images_per_second=round(speed), **environment())
 
-# %% ../nbs/11b_run.ipynb #6d0f2bdc
+# %% ../nbs/11b_run.ipynb #03a2df09
 @dataclass
 class Run:
     "A finished run."
@@ -188,35 +219,54 @@ class Run:
     results: dict[str, dict[str, Result]]  # Protocol to feature to result; empty without labels
 
     def __str__(self):
-        lines = [f"{p:20} " + "  ".join(f"{name} {r}" for name, r in column.items()) for p, column in self.results.items()]
+        lines = [f"{protocol:20} {name:10} {result}"
+                 for protocol, column in self.results.items() for name, result in column.items()]
         return "\n".join([*lines, f"report: {self.folder / 'report.html'}"])
 
-# %% ../nbs/11b_run.ipynb #0dee37d5
+# %% ../nbs/11b_run.ipynb #88d042ac
+def _loaders(config: RunConfig) -> SimCLRDataLoaders:
+    "DataLoaders of a run."
+    same = ("size", "bs", "policy", "strength", "n_train", "n_valid", "seed", "skip_bad")
+    kwargs = {name: getattr(config, name) for name in same}
+    return simclr_dls(config.data, num_workers=config.workers, **kwargs)
+
+# %% ../nbs/11b_run.ipynb #7d7c8386
+def _write_results(folder: Path, data: str, figures: dict, results: dict, settings: dict) -> None:
+    "Write `results.json` and the report."
+    cards = {p: {n: asdict(r) for n, r in column.items()} for p, column in results.items()}
+    write_atomic(folder / "results.json", json.dumps(cards, indent=2).encode())
+    page = report_html(f"SimCLR on {data}", figures, results, settings)
+    write_atomic(folder / "report.html", page.encode())
+
+# %% ../nbs/11b_run.ipynb #bf298bd5
+def _announce(config: RunConfig, info: dict, folder: Path) -> None:
+    "Say what is about to happen."
+    images = f"{info['n_train']} images of {info['data']}"
+    print(f"pretraining {config.arch} x {config.width:g} on {images}, writing to {folder}")
+    if info["skipped"]:
+        print(f"skipped {len(info['skipped'])} damaged files, listed in {folder / 'config.json'}")
+
+# %% ../nbs/11b_run.ipynb #9dcf9558
 def run_pretraining(
     config: RunConfig,  # Settings
 ) -> Run:
-    "Pretrain, evaluate, and write a run folder; raises `ValueError` or `FileNotFoundError` for unusable settings."
+    "Pretrain, evaluate, write a run folder; raises `ValueError` or `FileNotFoundError` for bad input."
     _check(config)
     set_seed(config.seed)
-    loading = dict(size=config.size, policy=config.policy, strength=config.strength, n_train=config.n_train, n_valid=config.n_valid)
-    loading |= dict(seed=config.seed, num_workers=config.workers, skip_bad=config.skip_bad)
-    dls = simclr_dls(config.data, bs=config.bs, **loading)
+    dls = _loaders(config)
     config = _complete(config, dls.train.bs)
-    learn = simclr_learner(dls, config.arch, config.width, config.temperature, precision=config.precision)
+    kwargs = {name: getattr(config, name) for name in ("temperature", "precision", "zero_init_last")}
+    learn = simclr_learner(dls, config.arch, config.width, **kwargs)
     folder = learn.path = _new_folder(config)
     settings = dict(config=asdict(config), data=dls.info, policy=repr(dls.policy), version=__version__)
     write_atomic(folder / "config.json", json.dumps(settings, indent=2).encode())
-    print(f"{config.arch} x {config.width:g} on {dls.info['n_train']} images of {dls.info['data']}, writing to {folder}")
-    if dls.info["skipped"]: print(f"skipped {len(dls.info['skipped'])} damaged files, listed in {folder / 'config.json'}")
-    views = TwoViews(dls.policy)(dls.train.one_batch()[0][:8])
+    _announce(config, dls.info, folder)
+    views = learn.views.two_views(dls.train.one_batch()[0][:8])
     settings["pretraining"] = _pretrain(learn, config, folder)
     untrained = random_encoder(learn.model.encoder.config, config.seed).to(dls.device)
     results = {}
     if len(dls.classes) > 1:
-        print("evaluating against raw pixels and an untrained encoder")
-        results = compare_with_baselines(dict(random=untrained, pretrained=learn.model.encoder), dls)
-    cards = {p: {n: asdict(r) for n, r in column.items()} for p, column in results.items()}
-    write_atomic(folder / "results.json", json.dumps(cards, indent=2).encode())
-    page = report_html(f"SimCLR on {dls.info['data']}", _figures(learn, untrained, views), results, settings)
-    write_atomic(folder / "report.html", page.encode())
+        encoders = dict(random=untrained, pretrained=learn.model.encoder)
+        results = compare_with_baselines(encoders, dls)
+    _write_results(folder, dls.info["data"], _figures(learn, untrained, views), results, settings)
     return Run(folder, results)
