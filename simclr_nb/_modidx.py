@@ -265,6 +265,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'simclr_nb.run._announce': ('run.html#_announce', 'simclr_nb/run.py'),
                                'simclr_nb.run._check': ('run.html#_check', 'simclr_nb/run.py'),
                                'simclr_nb.run._complete': ('run.html#_complete', 'simclr_nb/run.py'),
+                               'simclr_nb.run._evaluate': ('run.html#_evaluate', 'simclr_nb/run.py'),
                                'simclr_nb.run._figures': ('run.html#_figures', 'simclr_nb/run.py'),
                                'simclr_nb.run._lines': ('run.html#_lines', 'simclr_nb/run.py'),
                                'simclr_nb.run._loaders': ('run.html#_loaders', 'simclr_nb/run.py'),

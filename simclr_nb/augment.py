@@ -55,7 +55,7 @@ def resize_weights(
     weights *= (pixel > start) & (pixel < start + length)
     return weights.div_(weights.sum(2, keepdim=True))
 
-# %% ../nbs/01_augment.ipynb #c81e8b80
+# %% ../nbs/01_augment.ipynb #cb10b5fb
 def crop_resize(
     x: Tensor,  # Images, `(N, C, H, W)`, float
     boxes: Tensor,  # Per image top, left, height, width in whole pixels, `(N, 4)`
@@ -63,11 +63,12 @@ def crop_resize(
     flip: Tensor | None = None,  # Per image, whether to mirror left and right, `(N,)`, bool
     antialias: bool = True,  # Widen the filter when shrinking, as PIL does
 ) -> Tensor:  # `(N, C, size, size)`
-    "Crop another box out of each image and resize it; raises `ValueError` for a box outside its image."
+    "Crop a box out of each image and resize it; raises `ValueError` for a box outside its image."
     n, c, h, w = x.shape
     top, left, height, width = boxes.unbind(1)
     bad = (boxes < 0).any(1) | (height < 1) | (width < 1) | (top + height > h) | (left + width > w)
-    if bad.any(): raise ValueError(f"box {boxes[bad][0].tolist()} does not fit an image of {h} x {w} pixels")
+    if bad.any():
+        raise ValueError(f"box {boxes[bad][0].tolist()} does not fit an image of {h} x {w} pixels")
     top, left, height, width = boxes.to(x.device, non_blocking=True).unbind(1)
     flip = None if flip is None else flip.to(x.device, non_blocking=True)
     rows = resize_weights(top, height, h, size, antialias=antialias).to(x.dtype)
@@ -76,7 +77,7 @@ def crop_resize(
     out = torch.bmm(rows, out.transpose(1, 2).reshape(n, h, c * size))
     return out.view(n, size, c, size).transpose(1, 2)
 
-# %% ../nbs/01_augment.ipynb #fc9bee43
+# %% ../nbs/01_augment.ipynb #efb96c87
 def sample_boxes(
     n: int,  # Number of images
     height: int,  # Height of the images, in pixels
@@ -89,19 +90,19 @@ def sample_boxes(
     attempts = 10
     area = height * width * uniform(attempts * n, *scale, generator)
     aspect = uniform(attempts * n, math.log(ratio[0]), math.log(ratio[1]), generator).exp()
-    sides = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()]).round().long().view(2, attempts, n)
+    sides = torch.stack([area / aspect, area * aspect]).sqrt().round().long().view(2, attempts, n)
     limit = torch.tensor([height, width]).view(2, 1, 1)
     fits = ((sides > 0) & (sides <= limit)).all(0)
     first = fits.int().argmax(0)
     sides = sides[:, first, torch.arange(n)]
-    narrow = torch.tensor([min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))])
-    sides = torch.where(fits.any(0), sides, narrow[:, None])
+    narrow = [min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))]
+    sides = torch.where(fits.any(0), sides, torch.tensor(narrow)[:, None])
     free = limit[:, 0] - sides
     start = (torch.rand(2, n, generator=generator) * (free + 1)).long()
     start = torch.where(fits.any(0), start, free // 2)
     return torch.cat([start, sides]).T
 
-# %% ../nbs/01_augment.ipynb #586d0d94
+# %% ../nbs/01_augment.ipynb #407691a4
 class RandomResizedCrop:
     "Random crop and resize to a square, with a random flip; every image gets its own box."
 
@@ -114,10 +115,13 @@ class RandomResizedCrop:
         antialias: bool = True,  # Widen the filter when shrinking
     ):
         if size < 1: raise ValueError(f"size must be at least 1 pixel, got {size}")
-        if not 0 < scale[0] <= scale[1] <= 1: raise ValueError(f"scale must lie in (0, 1], in order, got {scale}")
-        self.size, self.scale, self.ratio, self.flip, self.antialias = size, scale, ratio, flip, antialias
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"scale must lie in (0, 1], in order, got {scale}")
+        self.size, self.scale, self.ratio = size, scale, ratio
+        self.flip, self.antialias = flip, antialias
 
-    def draw(self, n: int, height: int, width: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    def draw(self, n: int, height: int, width: int,
+             generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         "Boxes `(n, 4)` and flips `(n,)`."
         boxes = sample_boxes(n, height, width, self.scale, self.ratio, generator)
         return boxes, uniform(n, 0, 1, generator) < self.flip
@@ -128,8 +132,8 @@ class RandomResizedCrop:
         return crop_resize(x, boxes, self.size, flip, self.antialias)
 
     def __repr__(self):
-        low, high = self.scale
-        return f"crop {low:.0%} to {high:.0%} of the area, resize to {self.size} px, flip with p={self.flip:g}"
+        area = f"{self.scale[0]:.0%} to {self.scale[1]:.0%} of the area"
+        return f"crop {area}, resize to {self.size} px, flip with p={self.flip:g}"
 
 # %% ../nbs/01_augment.ipynb #5dd666c2
 def grayscale(
@@ -166,7 +170,7 @@ def adjust_saturation(
     factor = _column(factor, x)
     return torch.addcmul(grayscale(x).mul_(1 - factor), x, factor).clamp_(0, 1)
 
-# %% ../nbs/01_augment.ipynb #ecaeffb8
+# %% ../nbs/01_augment.ipynb #048fb5df
 def adjust_hue(
     x: Tensor,  # Images, `(N, 3, H, W)`, float in [0, 1]
     shift: Tensor,  # Turns of the colour circle, -0.5 to 0.5; `(N,)`
@@ -178,7 +182,7 @@ def adjust_hue(
     chroma = high - low
     is_red = (red == high).to(x.dtype)
     is_green = (green == high).to(x.dtype).mul_(1 - is_red)
-    hue = (red - green).add_(chroma, alpha=4).mul_(1 - is_red - is_green)  # times chroma, until divided
+    hue = (red - green).add_(chroma, alpha=4).mul_(1 - is_red - is_green)  # times chroma for now
     hue += is_green * (blue - red).add_(chroma, alpha=2)
     hue += is_red * (green - blue)
     hue /= chroma.clamp_min(torch.finfo(x.dtype).tiny)
@@ -187,7 +191,7 @@ def adjust_hue(
     ramps = (hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()
     return torch.stack([torch.addcmul(low, chroma, ramp.clamp_(0, 1)) for ramp in ramps], 1)
 
-# %% ../nbs/01_augment.ipynb #b794158d
+# %% ../nbs/01_augment.ipynb #e15ed99b
 class ColorJitter:
     "Random brightness, contrast, saturation and hue in random order, drawn for each image."
 
@@ -200,13 +204,16 @@ class ColorJitter:
         p: float = 0.8,  # Share of the images that are changed
     ):
         if not 0 <= hue <= 0.5: raise ValueError(f"hue must lie in [0, 0.5], got {hue}")
-        if min(brightness, contrast, saturation) < 0: raise ValueError("brightness, contrast, saturation must be >= 0")
-        self.brightness, self.contrast, self.saturation, self.hue, self.p = brightness, contrast, saturation, hue, p
+        if min(brightness, contrast, saturation) < 0:
+            raise ValueError("brightness, contrast, saturation must be >= 0")
+        self.brightness, self.contrast, self.saturation = brightness, contrast, saturation
+        self.hue, self.p = hue, p
 
     def draw(self, n: int, generator: Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        "Factors `(n, 4)`, order of the four operations `(n, 4)`, and which images to change `(n,)`."
+        "Factors `(n, 4)`, order of the four operations `(n, 4)`, which images to change `(n,)`."
         ranges = [(max(1 - f, 0), 1 + f) for f in (self.brightness, self.contrast, self.saturation)]
-        factors = torch.stack([uniform(n, *r, generator) for r in [*ranges, (-self.hue, self.hue)]], 1)
+        ranges.append((-self.hue, self.hue))
+        factors = torch.stack([uniform(n, *r, generator) for r in ranges], 1)
         order = torch.rand(n, 4, generator=generator).argsort(1)
         return factors, order, uniform(n, 0, 1, generator) < self.p
 
@@ -214,8 +221,9 @@ class ColorJitter:
         "Images `(N, 3, H, W)` in [0, 1] to the same shape and range."
         factors, order, change = self.draw(len(x), generator)
         x = x.clone()
+        operations = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
         for turn in order.masked_fill(~change[:, None], -1).T:
-            for op, adjust in enumerate([adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue]):
+            for op, adjust in enumerate(operations):
                 chosen = (turn == op).nonzero()[:, 0]
                 if not len(chosen): continue
                 rows = chosen.to(x.device, non_blocking=True)
@@ -223,7 +231,8 @@ class ColorJitter:
         return x
 
     def __repr__(self):
-        values = f"brightness {self.brightness:g}, contrast {self.contrast:g}, saturation {self.saturation:g}, hue {self.hue:g}"
+        names = "brightness", "contrast", "saturation", "hue"
+        values = ", ".join(f"{name} {getattr(self, name):g}" for name in names)
         return f"colour jitter with p={self.p:g}, in random order: {values}"
 
 # %% ../nbs/01_augment.ipynb #e54995d2
@@ -248,35 +257,37 @@ class RandomGrayscale:
     def __repr__(self):
         return f"colour drop with p={self.p:g}"
 
-# %% ../nbs/01_augment.ipynb #3a0be7ad
+# %% ../nbs/01_augment.ipynb #5c48c6d1
 def _band_matrices(
     taps: Tensor,  # Kernel of each image, `(N, 1, K)`
     side: int,  # Pixels along the axis
 ) -> Tensor:  # `(N, side, side)`
     "Convolution with reflected borders, as one matrix per image."
     radius = taps.shape[2] // 2
-    reach = torch.arange(side, device=taps.device)[:, None] + torch.arange(-radius, radius + 1, device=taps.device)
+    pixel = torch.arange(side, device=taps.device)
+    reach = pixel[:, None] + torch.arange(-radius, radius + 1, device=taps.device)
     source = (side - 1) - ((side - 1) - reach.abs()).abs()
     bands = taps.new_zeros(len(taps), side, side)
     return bands.scatter_add_(2, source.expand(len(taps), -1, -1), taps.expand(-1, side, -1))
 
-# %% ../nbs/01_augment.ipynb #a0bc767c
+# %% ../nbs/01_augment.ipynb #c5061576
 def gaussian_blur(
     x: Tensor,  # Images, `(N, C, H, W)`, float
     sigma: Tensor,  # Standard deviation of the kernel of each image, in pixels, > 0; `(N,)`
     kernel_size: int,  # Taps, odd, less than twice the smaller side of the images
 ) -> Tensor:  # `(N, C, H, W)`
-    "Blur each image with its own Gaussian, borders reflected; raises `ValueError` for an even kernel."
+    "Blur each image by its own Gaussian, borders reflected; raises `ValueError` for even kernels."
     radius = kernel_size // 2
     if kernel_size % 2 == 0 or radius >= min(x.shape[2:]):
-        raise ValueError(f"kernel size must be odd and fit images of {tuple(x.shape[2:])}, got {kernel_size}")
+        size = tuple(x.shape[2:])
+        raise ValueError(f"kernel size must be odd and fit images of {size}, got {kernel_size}")
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     taps = (-0.5 * (offsets / _column(sigma, x)[:, 0]) ** 2).exp()
     taps = taps / taps.sum(2, keepdim=True)
     rows, cols = (_band_matrices(taps, side) for side in x.shape[2:])
     return rows[:, None] @ x @ cols.mT[:, None]
 
-# %% ../nbs/01_augment.ipynb #4a619e07
+# %% ../nbs/01_augment.ipynb #44541112
 class GaussianBlur:
     "Blur a share of the images, each with its own width."
 
@@ -286,7 +297,8 @@ class GaussianBlur:
         kernel: float = 0.1,  # Width of the kernel, as a share of the image's height
         p: float = 0.5,  # Probability for each image
     ):
-        if not 0 < sigma[0] <= sigma[1]: raise ValueError(f"sigma must be positive, in order, got {sigma}")
+        if not 0 < sigma[0] <= sigma[1]:
+            raise ValueError(f"sigma must be positive, in order, got {sigma}")
         self.sigma, self.kernel, self.p = sigma, kernel, p
 
     def draw(self, n: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -301,9 +313,10 @@ class GaussianBlur:
         return x.index_copy(0, rows, gaussian_blur(x[rows], sigma[change], kernel_size))
 
     def __repr__(self):
-        return f"Gaussian blur with p={self.p:g}: sigma {self.sigma[0]:g} to {self.sigma[1]:g} px, kernel {self.kernel:.0%} of the side"
+        sigma = f"sigma {self.sigma[0]:g} to {self.sigma[1]:g} px"
+        return f"Gaussian blur with p={self.p:g}: {sigma}, kernel {self.kernel:.0%} of the side"
 
-# %% ../nbs/01_augment.ipynb #779d5be2
+# %% ../nbs/01_augment.ipynb #adf38ffd
 class Policy:
     "A named sequence of operators: stored images in, float views in [0, 1] out."
 
@@ -333,17 +346,19 @@ class Policy:
 
     def after_crop(self) -> "Policy":
         "The same policy for images that were cropped before, while they were loaded."
-        return Policy(self.name, [o for o in self.operators if not isinstance(o, RandomResizedCrop)])
+        kept = [o for o in self.operators if not isinstance(o, RandomResizedCrop)]
+        return Policy(self.name, kept)
 
     def __repr__(self):
         return "\n".join([f"{self.name} policy", *(f"  {o!r}" for o in self.operators)])
 
-# %% ../nbs/01_augment.ipynb #8e8b9333
+# %% ../nbs/01_augment.ipynb #319dad02
 def color_distortion(
     strength: float = 1.0,  # s of appendix A, 0 to 1.25; 1 for ImageNet, 0.5 for CIFAR-10
 ) -> list:  # Operators
     "Colour jitter and colour drop of the paper's PyTorch listing (appendix A)."
-    if not 0 <= strength <= 1.25: raise ValueError(f"strength must lie in [0, 1.25], got {strength}")
+    if not 0 <= strength <= 1.25:
+        raise ValueError(f"strength must lie in [0, 1.25], got {strength}")
     s = 0.8 * strength
     return [ColorJitter(s, s, s, 0.2 * strength), RandomGrayscale()]
 
@@ -355,35 +370,38 @@ def paper_policy(
     "Crop, flip, colour distortion and blur, as the paper pretrains on ImageNet (appendix A)."
     return Policy("paper", [RandomResizedCrop(size), *color_distortion(strength), GaussianBlur()])
 
-# %% ../nbs/01_augment.ipynb #f07efcd6
+# %% ../nbs/01_augment.ipynb #87fd4ff1
 def cifar_policy(
     size: int = 32,  # Side of the views, in pixels
     strength: float = 0.5,  # Strength of the colour distortion
 ) -> Policy:
-    "Crop, flip and half-strength colour distortion without blur, as the paper pretrains on CIFAR-10 (B.9)."
+    "Crop, flip and half-strength colour distortion, no blur: the paper's for CIFAR-10 (B.9)."
     return Policy("cifar", [RandomResizedCrop(size), *color_distortion(strength)])
 
-# %% ../nbs/01_augment.ipynb #8a77ae9c
+# %% ../nbs/01_augment.ipynb #b3cc6660
 def digits_policy(
     size: int = 16,  # Side of the views, in pixels
     strength: float = 0.5,  # Strength of the brightness and contrast jitter
 ) -> Policy:
     "Mild crop, brightness, contrast and blur for small pictures of characters; no flip, no colour."
-    if not 0 <= strength <= 1.25: raise ValueError(f"strength must lie in [0, 1.25], got {strength}")
+    if not 0 <= strength <= 1.25:
+        raise ValueError(f"strength must lie in [0, 1.25], got {strength}")
+    s = 0.8 * strength
     crop = RandomResizedCrop(size, scale=(0.4, 1.0), flip=0)
-    return Policy("digits", [crop, ColorJitter(0.8 * strength, 0.8 * strength, 0, 0), GaussianBlur(p=0.5)])
+    return Policy("digits", [crop, ColorJitter(s, s, 0, 0), GaussianBlur(p=0.5)])
 
 # %% ../nbs/01_augment.ipynb #f8a7caa6
 POLICIES = dict(paper=paper_policy, cifar=cifar_policy, digits=digits_policy)
 
-# %% ../nbs/01_augment.ipynb #8f673075
+# %% ../nbs/01_augment.ipynb #c5c1876f
 def create_policy(
     name: str,  # A key of `POLICIES`
     size: int,  # Side of the views, in pixels
     strength: float | None = None,  # Strength of the colour distortion; the policy's own by default
 ) -> Policy:
     "Policy by name; raises `ValueError` for an unknown one."
-    if name not in POLICIES: raise ValueError(f"unknown policy {name!r}: choose from {', '.join(POLICIES)}")
+    if name not in POLICIES:
+        raise ValueError(f"unknown policy {name!r}: choose from {', '.join(POLICIES)}")
     return POLICIES[name](size) if strength is None else POLICIES[name](size, strength)
 
 # %% ../nbs/01_augment.ipynb #b7f3c791

@@ -19,7 +19,7 @@ from fastai.callback.core import CancelBatchException, Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import ValueMetric
 
-# %% ../nbs/09_callback.ipynb #2f1e2860
+# %% ../nbs/09_callback.ipynb #cc0450e5
 class ViewsCallback(Callback):
     "Replace the images of each batch by two views."
     order = 5  # before mixed precision begins
@@ -42,15 +42,16 @@ class ViewsCallback(Callback):
     def _check(self, x: Tensor):
         self.is_checked = True
         if x.dtype != torch.uint8 and (x.min() < 0 or x.max() > 1):
-            found = f"{x.min().item():.2f} to {x.max().item():.2f}"
-            raise ValueError(f"expected images in [0, 1], got {found}: take Normalize out of the DataLoaders")
+            found = f"expected images in [0, 1], got {x.min().item():.2f} to {x.max().item():.2f}"
+            raise ValueError(f"{found}: take Normalize out of the DataLoaders")
 
-# %% ../nbs/09_callback.ipynb #37a52a1a
+# %% ../nbs/09_callback.ipynb #946aacff
 def auto_precision(
     device: torch.device | str,  # Where the model is
 ) -> str:  # "bf16", "fp16" or "fp32"
     "Precision from which a device gains speed."
-    if torch.device(device).type == "cuda": return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if torch.device(device).type != "cpu": return "fp32"
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
@@ -66,7 +67,7 @@ class PrecisionCallback(MixedPrecision):
         self.learn.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         self.scales = []
 
-# %% ../nbs/09_callback.ipynb #93881b41
+# %% ../nbs/09_callback.ipynb #d1acab37
 class ScheduleCallback(Callback):
     "Warm-up and cosine decay, set before every training step."
 
@@ -79,14 +80,15 @@ class ScheduleCallback(Callback):
 
     def before_fit(self):
         steps = len(self.dls.train)
-        self.total_steps, self.warmup_steps = steps * self.n_epoch, round(steps * self.warmup_epochs)
+        self.total_steps = steps * self.n_epoch
+        self.warmup_steps = round(steps * self.warmup_epochs)
 
     def before_batch(self):
         if self.training:
             lr = warmup_cosine(self.train_iter, self.peak_lr, self.warmup_steps, self.total_steps)
             self.opt.set_hyper("lr", lr)
 
-# %% ../nbs/09_callback.ipynb #e01514d1
+# %% ../nbs/09_callback.ipynb #3ade27d9
 class FiniteLossCallback(Callback):
     "Stop a diverged run with an error that says what to try."
 
@@ -94,16 +96,17 @@ class FiniteLossCallback(Callback):
         if self.training and not torch.isfinite(self.loss):
             lr = self.opt.hypers[-1]["lr"]
             place = f"epoch {self.epoch}, step {self.iter}, learning rate {lr:.3g}"
-            raise FloatingPointError(f"the loss is {self.loss.item()} at {place}: lower the learning rate")
+            found = f"the loss is {self.loss.item()} at {place}"
+            raise FloatingPointError(f"{found}: lower the learning rate")
 
-# %% ../nbs/09_callback.ipynb #924eaad2
+# %% ../nbs/09_callback.ipynb #057855c4
 class RepresentCallback(Callback):
     "After each validation, `h` of clean training and validation images."
     order = 20
 
     def __init__(
         self,
-        max_images: int = 4096,  # Images of each set, the first ones; `simclr_dls` deals them balanced
+        max_images: int = 4096,  # First images of each set; `simclr_dls` deals them balanced
     ):
         self.max_images = max_images
 
@@ -157,7 +160,7 @@ class ProbeCallback(Callback):
         self.classifier.train()
         self.accuracy = (predicted == y)[y >= 0].float().mean().item()
 
-# %% ../nbs/09_callback.ipynb #ffca24a0
+# %% ../nbs/09_callback.ipynb #5f763455
 class KNNCallback(Callback):
     "k-NN accuracy of clean validation images; column `knn` of the table."
     order = 30
@@ -173,7 +176,8 @@ class KNNCallback(Callback):
         self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
 
     def after_validate(self):
-        (h_train, y_train), (h, y) = ((h[y >= 0], y[y >= 0]) for h, y in (self.represent.bank, self.represent.valid))
+        sets = self.represent.bank, self.represent.valid
+        (h_train, y_train), (h, y) = ((h[y >= 0], y[y >= 0]) for h, y in sets)
         predicted = knn_predict(h_train, y_train, h, self.k, self.temperature)
         self.accuracy = (predicted == y).float().mean().item()
 

@@ -23,20 +23,23 @@ class _Parser(ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
-# %% ../nbs/17_cli.ipynb #f5e0f147
+# %% ../nbs/17_cli.ipynb #4e31ad42
 def config_parser() -> ArgumentParser:  # Parses the options of `simclr-pretrain`
     "Parser with one option for each field of `RunConfig`, explained by its comment."
-    parser = _Parser("simclr-pretrain", description="Pretrain an image encoder with SimCLR, evaluate it, write a report.")
+    purpose = "Pretrain an image encoder with SimCLR, evaluate it, write a report."
+    parser = _Parser("simclr-pretrain", description=purpose)
     parser.add_argument("--version", action="version", version=__version__)
     about = docments(RunConfig)
     for f in fields(RunConfig):
-        text = about[f.name].replace("%", "%%") + ("" if f.default in (None, False) else f" (default: {f.default})")
+        default = "" if f.default in (None, False) else f" (default: {f.default})"
+        text = about[f.name].replace("%", "%%") + default
         option = "--" + f.name.replace("_", "-")
         if f.name == "data": parser.add_argument("data", nargs="?", default=f.default, help=text)
         elif f.type is bool: parser.add_argument(option, action="store_true", help=text)
         else:
             kind = f.type if isinstance(f.type, type) else f.type.__args__[0]
-            parser.add_argument(option, type=kind, default=f.default, metavar=kind.__name__.upper(), help=text)
+            name = kind.__name__.upper()
+            parser.add_argument(option, type=kind, default=f.default, metavar=name, help=text)
     return parser
 
 # %% ../nbs/17_cli.ipynb #91f4f21f

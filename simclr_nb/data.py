@@ -7,7 +7,7 @@ __all__ = ['NAMED_SOURCES', 'read_image', 'find_images', 'check_images', 'ImageA
            'central_square', 'CleanFiles', 'ImageFiles', 'Source', 'folder_source', 'digits_source', 'cifar10_source',
            'find_source', 'SimCLRDataLoaders', 'simclr_dls', 'clean_loader', 'label_subset']
 
-# %% ../nbs/02_data.ipynb #4d68c212
+# %% ../nbs/02_data.ipynb #129f88c5
 import os
 import random
 import warnings
@@ -23,7 +23,7 @@ from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageOps
 from torch import Tensor
 
-with warnings.catch_warnings():  # fastai scripts some functions at import, which torch calls deprecated
+with warnings.catch_warnings():  # fastai scripts functions at import, which torch calls deprecated
     warnings.simplefilter("ignore", FutureWarning)
     import fastai.learner
 from fastai.data.core import DataLoaders
@@ -34,7 +34,7 @@ from fastai.torch_core import default_device
 from .augment import Policy, RandomResizedCrop, create_policy, crop_resize
 from .show import image_grid
 
-# %% ../nbs/02_data.ipynb #636f158b
+# %% ../nbs/02_data.ipynb #3c453283
 def read_image(
     path: str | Path,  # Image file
 ) -> Image.Image:  # RGB, 8 bits, upright; of an animation the first frame
@@ -42,7 +42,8 @@ def read_image(
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"): image = _from_16_bits(image)
-            if image.mode in ("P", "PA") and "transparency" in image.info: image = image.convert("RGBA")
+            if image.mode in ("P", "PA") and "transparency" in image.info:
+                image = image.convert("RGBA")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError: raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -53,14 +54,15 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     "Keep the upper 8 bits; Pillow's own conversion would clip at 255."
     return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
 
-# %% ../nbs/02_data.ipynb #17c1d60b
+# %% ../nbs/02_data.ipynb #2abf4530
 def find_images(
     folder: str | Path,  # Searched with all its sub-folders
 ) -> list[Path]:  # Sorted
     "Image files by suffix; raises `FileNotFoundError` or `ValueError` where there is none."
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f"no such folder: {folder}")
-    files = [Path(root) / f for root, _, names in os.walk(folder, followlinks=True) for f in names if f[0] != "."]
+    walk = os.walk(folder, followlinks=True)
+    files = [Path(root) / f for root, _, names in walk for f in names if f[0] != "."]
     suffixes = Image.registered_extensions()
     images = sorted(f for f in files if f.suffix.lower() in suffixes)
     if not images:
@@ -68,12 +70,13 @@ def find_images(
         raise ValueError(f"no image in {folder}: {found}")
     return images
 
-# %% ../nbs/02_data.ipynb #7dae9feb
+# %% ../nbs/02_data.ipynb #9c56a576
 def _watch(results: Iterable, total: int, progress: bool) -> Iterable:
     "Progress bar with ETA around results that take long to come."
-    return progress_bar(results, total=total, leave=False) if progress and total > 2_000 else results
+    if not progress or total <= 2_000: return results
+    return progress_bar(results, total=total, leave=False)
 
-# %% ../nbs/02_data.ipynb #a964f800
+# %% ../nbs/02_data.ipynb #4b604f11
 def _probe(path: Path) -> tuple[tuple[int, int], str]:
     "Size of an image and why it cannot be decoded (empty if it can)."
     try:
@@ -82,26 +85,29 @@ def _probe(path: Path) -> tuple[tuple[int, int], str]:
             image.draft("RGB", (size[0] // 8, size[1] // 8))
             image.load()
             return size, ""
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error: return (0, 0), str(error)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return (0, 0), str(error)
 
-# %% ../nbs/02_data.ipynb #c76253cd
+# %% ../nbs/02_data.ipynb #4eb6daee
 def check_images(
     paths: Sequence[Path],  # Image files
     skip_bad: bool = False,  # Leave damaged files out instead of raising
     progress: bool = True,  # Show a progress bar with ETA
-) -> tuple[list[Path], list[tuple[int, int]], list[str]]:  # Good files, their (width, height), one line per bad file
-    "Decode every file once; raises `ValueError` that names the first damaged file and counts the others."
+) -> tuple[list[Path], list[tuple[int, int]], list[str]]:  # Good files, (width, height), bad files
+    "Decode every file; raises `ValueError` that names the first damaged one, counts the others."
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        probed = list(zip(paths, _watch(pool.map(_probe, paths), len(paths), progress), strict=True))
+        probes = _watch(pool.map(_probe, paths), len(paths), progress)
+        probed = list(zip(paths, probes, strict=True))
     bad = [f"{path}: {reason}" for path, (_, reason) in probed if reason]
     if bad and not skip_bad:
         others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise ValueError(f"cannot read image {bad[0]}{others}; remove it, or skip such files with skip_bad (--skip-bad)")
+        advice = "remove it, or skip such files with skip_bad (--skip-bad)"
+        raise ValueError(f"cannot read image {bad[0]}{others}; {advice}")
     good = [(path, size) for path, (size, reason) in probed if not reason]
     if not good: raise ValueError(f"all {len(bad)} image files are damaged, the first: {bad[0]}")
     return [path for path, _ in good], [size for _, size in good], bad
 
-# %% ../nbs/02_data.ipynb #4ffad458
+# %% ../nbs/02_data.ipynb #b0347d12
 @dataclass
 class ImageArrays:
     "Images of one size in memory; indexing with a list gives a batch."
@@ -117,10 +123,9 @@ class ImageArrays:
         "The whole images, resized where they are not `size` pixels wide."
         n, _, h, w = self.images.shape
         if h == w == size: return self
-        box = torch.tensor([[0, 0, h, w]])
-        views = [crop_resize(x.float(), box.expand(len(x), -1), size) for x in self.images.split(256)]
+        box, chunks = torch.tensor([[0, 0, h, w]]), self.images.split(256)
+        views = [crop_resize(x.float(), box.expand(len(x), -1), size) for x in chunks]
         return ImageArrays(torch.cat(views).round_().clamp_(0, 255).byte(), self.labels)
-    def new_empty(self) -> "ImageArrays": return ImageArrays(self.images[:0], self.labels[:0])
 
 # %% ../nbs/02_data.ipynb #8d1999f2
 def _to_tensor(image: Image.Image) -> Tensor:  # `(3, H, W)`, uint8
@@ -159,7 +164,7 @@ def central_square(
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return image.resize((size, size), Image.BICUBIC, (left, top, left + side, top + side))
 
-# %% ../nbs/02_data.ipynb #8b3df037
+# %% ../nbs/02_data.ipynb #1012cabc
 @dataclass
 class CleanFiles:
     "Images on disk, one central square of each."
@@ -169,9 +174,12 @@ class CleanFiles:
     size: int  # Side of the squares, in pixels
 
     def __len__(self): return len(self.paths)
-    def __getitem__(self, i): return _to_tensor(central_square(read_image(self.paths[i]), self.size)), self.labels[i]
 
-# %% ../nbs/02_data.ipynb #fb57f01c
+    def __getitem__(self, i):
+        image = central_square(read_image(self.paths[i]), self.size)
+        return _to_tensor(image), self.labels[i]
+
+# %% ../nbs/02_data.ipynb #5a2e83d0
 @dataclass
 class ImageFiles:
     "Images on disk, two random crops of each."
@@ -191,7 +199,8 @@ class ImageFiles:
         image = read_image(self.paths[i])
         boxes, flips = self.crop.draw(2, image.height, image.width)
         side = (self.crop.size, self.crop.size)
-        crops = [image.crop((x, y, x + w, y + h)).resize(side, Image.BILINEAR) for y, x, h, w in boxes.tolist()]
+        crops = [image.crop((x, y, x + w, y + h)).resize(side, Image.BILINEAR)
+                 for y, x, h, w in boxes.tolist()]
         views = [ImageOps.mirror(c) if flip else c for c, flip in zip(crops, flips, strict=True)]
         return torch.stack([_to_tensor(view) for view in views]), self.labels[i]
 
@@ -207,7 +216,7 @@ def _deal(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     dealt.sort(key=lambda item: item[:2])
     return [path for *_, path in dealt], [label for _, label, _ in dealt]
 
-# %% ../nbs/02_data.ipynb #9e6ed243
+# %% ../nbs/02_data.ipynb #4ac4f8d2
 @dataclass
 class Source:
     "Training and validation images of one data set."
@@ -215,7 +224,7 @@ class Source:
     name: str  # What to call it in reports
     train: list[Path] | ImageArrays  # Files in dealt order, or arrays
     valid: list[Path] | ImageArrays  # Likewise
-    classes: list[str] = field(default_factory=list)  # Class names in label order; empty without labels
+    classes: list[str] = field(default_factory=list)  # Names in label order; empty without labels
     split: str = "as given"  # How validation images were chosen
 
     def labels(self, paths: list[Path]) -> list[int]:
@@ -223,7 +232,7 @@ class Source:
         index = {name: i for i, name in enumerate(self.classes)}
         return [index.get(path.parent.name, -1) for path in paths]
 
-# %% ../nbs/02_data.ipynb #46c0ecc6
+# %% ../nbs/02_data.ipynb #78c115a5
 def folder_source(
     folder: str | Path,  # Images, perhaps in sub-folders
     name: str | None = None,  # Name in reports; the folder's by default
@@ -242,18 +251,21 @@ def folder_source(
     valid, split = _deal(valid_files)[0], f"{held_out[0].name} folder" if given else ""
     if not given:
         n_valid = max(round(valid_share * len(train)), 2)
-        train, valid, split = train[n_valid:], train[:n_valid], f"{n_valid} images held out by a fixed seed"
+        train, valid = train[n_valid:], train[:n_valid]
+        split = f"{n_valid} images held out by a fixed seed"
     return Source(name or folder.name, train, valid, classes, split)
 
-# %% ../nbs/02_data.ipynb #4c5a5093
+# %% ../nbs/02_data.ipynb #6621eebd
 def digits_source() -> Source:  # 1,347 training and 450 validation images, 8 x 8
     "scikit-learn's handwritten digits (Alpaydin and Kaynak 1998); needs no download."
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     gray = torch.from_numpy(digits.images * (255 / 16)).round().byte()
-    images, labels = gray[:, None].expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(digits.target).long()
-    train, valid = ImageArrays(images[:-450], labels[:-450]), ImageArrays(images[-450:], labels[-450:])
+    images = gray[:, None].expand(-1, 3, -1, -1).contiguous()
+    labels = torch.from_numpy(digits.target).long()
+    train = ImageArrays(images[:-450], labels[:-450])
+    valid = ImageArrays(images[-450:], labels[-450:])
     return Source("digits", train, valid, [str(i) for i in range(10)], "last 450 images")
 
 # %% ../nbs/02_data.ipynb #688c44e4
@@ -264,7 +276,7 @@ def cifar10_source() -> Source:  # 50,000 training and 10,000 test images, 32 x 
 # %% ../nbs/02_data.ipynb #9813d61e
 NAMED_SOURCES = dict(digits=digits_source, cifar10=cifar10_source)
 
-# %% ../nbs/02_data.ipynb #73a6f60a
+# %% ../nbs/02_data.ipynb #047bc163
 def find_source(
     data: str | Path | Source,  # Name of a data set, folder, or a source as it is
 ) -> Source:
@@ -272,14 +284,16 @@ def find_source(
     if isinstance(data, Source): return data
     if str(data) in NAMED_SOURCES: return NAMED_SOURCES[str(data)]()
     if not Path(data).is_dir():
-        raise FileNotFoundError(f"no such folder or data set: {str(data)!r}; named data sets are {', '.join(NAMED_SOURCES)}")
+        named = f"named data sets are {', '.join(NAMED_SOURCES)}"
+        raise FileNotFoundError(f"no such folder or data set: {str(data)!r}; {named}")
     return folder_source(data)
 
-# %% ../nbs/02_data.ipynb #af18d33a
+# %% ../nbs/02_data.ipynb #557ea77d
 class SimCLRDataLoaders(DataLoaders):
     "fastai `DataLoaders` that know their policy, classes and origin."
 
-    def __init__(self, *loaders, policy: Policy, classes: Sequence[str] = (), info: dict | None = None, **kwargs):
+    def __init__(self, *loaders, policy: Policy, classes: Sequence[str] = (),
+                 info: dict | None = None, **kwargs):
         super().__init__(*loaders, **kwargs)
         self.policy, self.classes, self.info = policy, list(classes), info or {}
 
@@ -288,10 +302,12 @@ class SimCLRDataLoaders(DataLoaders):
         kwargs = dict(policy=self.policy, classes=self.classes, info=self.info)
         return type(self)(*loaders, path=self.path, device=self.device, **kwargs)
 
-# %% ../nbs/02_data.ipynb #6b73560e
-def _settings(source: Source, arrays: bool, size: int | None, policy: str | Policy, strength: float | None) -> Policy:
+# %% ../nbs/02_data.ipynb #52ee27fb
+def _settings(source: Source, arrays: bool, size: int | None, policy: str | Policy,
+              strength: float | None) -> Policy:
     "Policy for the images, with what the caller left open decided."
-    if size is not None and not 8 <= size <= 1024: raise ValueError(f"size must be 8 to 1024 pixels, got {size}")
+    if size is not None and not 8 <= size <= 1024:
+        raise ValueError(f"size must be 8 to 1024 pixels, got {size}")
     if isinstance(policy, Policy): return policy
     if policy == "auto" and source.name == "digits": policy = "digits"
     side = source.train.images.shape[3] if arrays else 96
@@ -299,14 +315,16 @@ def _settings(source: Source, arrays: bool, size: int | None, policy: str | Poli
     if policy == "auto": policy = "cifar" if size <= 64 else "paper"
     return create_policy(policy, size, strength)
 
-# %% ../nbs/02_data.ipynb #cb5b8f92
-def _decode(source: Source, n_train: int | None, n_valid: int | None, skip_bad: bool, progress: bool) -> tuple[Source, list[str]]:
-    "Source with its files checked, in memory if all are of one small size; and the files that were skipped."
+# %% ../nbs/02_data.ipynb #149fa8cb
+def _decode(source: Source, n_train: int | None, n_valid: int | None, skip_bad: bool,
+            progress: bool) -> tuple[Source, list[str]]:
+    "Source with its files checked, in memory if all are of one small size; and files skipped."
+    parts = [(source.train, n_train), (source.valid, n_valid)]
     if isinstance(source.train, ImageArrays):
-        cut = [ImageArrays(a.images[:n], a.labels[:n]) for a, n in [(source.train, n_train), (source.valid, n_valid)]]
+        cut = [ImageArrays(arrays.images[:n], arrays.labels[:n]) for arrays, n in parts]
         return Source(source.name, *cut, source.classes, source.split), []
     sets, sizes, skipped = [], set(), []
-    for paths, n in [(source.train, n_train), (source.valid, n_valid)]:
+    for paths, n in parts:
         good, found, bad = check_images(paths[:n], skip_bad, progress)
         sets.append(good)
         sizes.update(found)
@@ -315,19 +333,22 @@ def _decode(source: Source, n_train: int | None, n_valid: int | None, skip_bad: 
         sets = [load_arrays(paths, source.labels(paths), progress) for paths in sets]
     return Source(source.name, *sets, source.classes, source.split), skipped
 
-# %% ../nbs/02_data.ipynb #4ba38b18
+# %% ../nbs/02_data.ipynb #4fc39917
 def _check_batch(bs: int, n_train: int, n_valid: int) -> None:
     "Refuse a batch that cannot be filled or that has no negatives."
-    if bs < 2: raise ValueError(f"batch size must be at least 2, got {bs}: with one image there are no negatives")
+    if bs < 2:
+        reason = "with one image there are no negatives"
+        raise ValueError(f"batch size must be at least 2, got {bs}: {reason}")
     if bs > n_train:
-        raise ValueError(f"batch size {bs} is larger than the {n_train} training images: use at most {n_train}")
+        limit = f"{n_train} training images: use at most {n_train}"
+        raise ValueError(f"batch size {bs} is larger than the {limit}")
     if n_valid < 2: raise ValueError(f"expected at least 2 validation images, got {n_valid}")
 
-# %% ../nbs/02_data.ipynb #31bb4b6b
+# %% ../nbs/02_data.ipynb #b6fdd80b
 def simclr_dls(
     data: str | Path | Source = "digits",  # "digits", "cifar10", a folder of images, or a `Source`
-    size: int | None = None,  # Side of the views, 8 to 1024 pixels; by default that of small images, 96 for photos
-    bs: int | None = None,  # Images in a batch, N; 256, or half the training images if those are fewer
+    size: int | None = None,  # Side of views, 8 to 1024; by default that of small images, else 96
+    bs: int | None = None,  # Images in a batch, N; 256, or half the training images if fewer
     policy: str | Policy = "auto",  # Augmentation: a name of `POLICIES`, or a `Policy`
     strength: float | None = None,  # Strength of the colour distortion; the policy's own by default
     n_train: int | None = None,  # Only the first images (balanced over classes); all by default
@@ -337,8 +358,8 @@ def simclr_dls(
     skip_bad: bool = False,  # Skip damaged files instead of raising; `info["skipped"]` lists them
     device: str | torch.device | None = None,  # fastai's default device by default
     progress: bool = True,  # Progress bars while images are read
-) -> SimCLRDataLoaders:  # Batches `(x, y)`: x uint8 `(N, 3, H, W)`, or pairs of crops `(N, 2, 3, S, S)`
-    "DataLoaders for contrastive pretraining; raises `ValueError` or `FileNotFoundError` for unusable input."
+) -> SimCLRDataLoaders:  # `(x, y)`: x uint8 `(N, 3, H, W)`, or pairs of crops `(N, 2, 3, S, S)`
+    "DataLoaders for pretraining; raises `ValueError` or `FileNotFoundError` for unusable input."
     source, skipped = _decode(find_source(data), n_train, n_valid, skip_bad, progress)
     arrays = isinstance(source.train, ImageArrays)
     policy = _settings(source, arrays, size, policy, strength)
@@ -346,15 +367,16 @@ def simclr_dls(
     _check_batch(bs, len(source.train), len(source.valid))
     sets, kwargs = [source.train, source.valid], {}
     if not arrays:
-        sets = [ImageFiles(paths, torch.tensor(source.labels(paths)), policy.crop) for paths in sets]
+        sets = [ImageFiles(s, torch.tensor(source.labels(s)), policy.crop) for s in sets]
         kwargs = dict(num_workers=os.cpu_count() if num_workers is None else num_workers)
     loader, device = ArrayLoader if arrays else DataLoader, device or default_device()
     train = loader(sets[0], bs=bs, shuffle=True, drop_last=True, device=device, **kwargs)
     valid = loader(sets[1], bs=min(bs, len(sets[1])), drop_last=True, device=device, **kwargs)
     if seed is not None: train.rng = random.Random(seed)
-    info = dict(data=source.name, n_train=len(sets[0]), n_valid=len(sets[1]), split=source.split, size=policy.size,
-                in_memory=arrays, skipped=skipped)
-    return SimCLRDataLoaders(train, valid, policy=policy, classes=source.classes, info=info, device=device)
+    info = dict(data=source.name, n_train=len(sets[0]), n_valid=len(sets[1]), split=source.split,
+                size=policy.size, in_memory=arrays, skipped=skipped)
+    kwargs = dict(policy=policy, classes=source.classes, info=info, device=device)
+    return SimCLRDataLoaders(train, valid, **kwargs)
 
 # %% ../nbs/02_data.ipynb #26ce35f0
 def clean_loader(
@@ -367,7 +389,7 @@ def clean_loader(
     if isinstance(dls, SimCLRDataLoaders): dataset = dataset.clean(dls.policy.size)
     return dls.valid.new(dataset, shuffle=False, drop_last=False, bs=bs or dls.train.bs)
 
-# %% ../nbs/02_data.ipynb #eeb1f000
+# %% ../nbs/02_data.ipynb #b7fb5fcb
 def label_subset(
     labels: Tensor,  # `(N,)`, int64
     per_class: int,  # Images to keep of each class
@@ -380,6 +402,7 @@ def label_subset(
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
         if len(members) < per_class:
-            raise ValueError(f"class {label.item()} has {len(members)} images, fewer than {per_class} per class")
+            found = f"class {label.item()} has {len(members)} images"
+            raise ValueError(f"{found}, fewer than {per_class} per class")
         chosen.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
     return torch.cat(chosen).sort().values

@@ -34,7 +34,7 @@ def represent(
     finally: encoder.train(training)
     return torch.cat(hs), torch.cat(ys)
 
-# %% ../nbs/08_diagnose.ipynb #7cb2844b
+# %% ../nbs/08_diagnose.ipynb #7e16e4df
 def knn_predict(
     h_train: Tensor,  # Representations with known class, `(M, D)`
     y_train: Tensor,  # Their classes, `(M,)`, integers from 0
@@ -43,7 +43,7 @@ def knn_predict(
     temperature: float = 0.1,  # Of the vote, > 0; large: every neighbour counts the same
     chunk: int = 1024,  # Rows of `h` at a time; memory grows with `chunk * M`
 ) -> Tensor:  # Predicted classes, `(N,)`
-    "Weighted k-nearest-neighbour vote by cosine similarity (Wu et al. 2018); raises `ValueError` for a k < 1."
+    "Weighted k-NN vote by cosine similarity (Wu et al. 2018); raises `ValueError` for a k < 1."
     if k < 1: raise ValueError(f"k must be at least 1, got {k}")
     if temperature <= 0: raise ValueError(f"temperature must be positive, got {temperature}")
     bank, n_classes = F.normalize(h_train, dim=1), int(y_train.max()) + 1
@@ -51,13 +51,15 @@ def knn_predict(
     for rows in h.split(chunk):
         sim, nearest = (F.normalize(rows, dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
         weights = ((sim - 1) / temperature).exp()
-        votes.append(weights.new_zeros(len(rows), n_classes).scatter_add_(1, y_train[nearest], weights))
+        empty = weights.new_zeros(len(rows), n_classes)
+        votes.append(empty.scatter_add_(1, y_train[nearest], weights))
     return torch.cat(votes).argmax(1)
 
-# %% ../nbs/08_diagnose.ipynb #b63d6d5a
+# %% ../nbs/08_diagnose.ipynb #5a464140
 def _two_views(z: Tensor) -> tuple[Tensor, Tensor]:
     "Normalised first and second views."
-    if z.ndim != 2 or len(z) % 2: raise ValueError(f"expected two views per image (2N, D), got {tuple(z.shape)}")
+    if z.ndim != 2 or len(z) % 2:
+        raise ValueError(f"expected two views per image (2N, D), got {tuple(z.shape)}")
     return F.normalize(z.float(), dim=1).chunk(2)
 
 # %% ../nbs/08_diagnose.ipynb #7e8a0bcb
@@ -68,20 +70,22 @@ def alignment(
     first, second = _two_views(z)
     return (first - second).square().sum(1).mean()
 
-# %% ../nbs/08_diagnose.ipynb #5d65117c
+# %% ../nbs/08_diagnose.ipynb #fb8ad930
 def uniformity(
     z: Tensor,  # Representations or projections, `(N, D)`
 ) -> Tensor:  # Scalar, at most 0; lower is more uniform
-    "Logarithm of the mean Gaussian potential of all pairs on the unit sphere (Wang and Isola 2020)."
+    "Log of the mean Gaussian potential of all pairs on the unit sphere (Wang and Isola 2020)."
     return torch.pdist(F.normalize(z.float(), dim=1)).square().mul(-2).exp().mean().log()
 
-# %% ../nbs/08_diagnose.ipynb #4a7767b0
+# %% ../nbs/08_diagnose.ipynb #83eba471
 def covariance_spectrum(
     h: Tensor,  # Representations, `(N, D)`
 ) -> Tensor:  # Eigenvalues in decreasing order, `(D,)`, float64, not negative
-    "Eigenvalues of the covariance of a representation; raises `ValueError` for fewer than two rows."
-    if h.ndim != 2 or len(h) < 2: raise ValueError(f"expected at least two representations (N, D), got {tuple(h.shape)}")
-    return torch.linalg.eigvalsh(torch.cov(h.double().T, correction=0).reshape(h.shape[1], -1)).flip(0).clamp_min(0)
+    "Eigenvalues of the covariance of a representation; raises `ValueError` for fewer than 2 rows."
+    if h.ndim != 2 or len(h) < 2:
+        raise ValueError(f"expected at least two representations (N, D), got {tuple(h.shape)}")
+    covariance = torch.cov(h.double().T, correction=0).reshape(h.shape[1], -1)
+    return torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
 
 # %% ../nbs/08_diagnose.ipynb #4ebcca0d
 def effective_rank(

@@ -44,7 +44,7 @@ class Result:
         "All of it as JSON."
         return json.dumps(asdict(self), indent=2)
 
-# %% ../nbs/11_evaluate.ipynb #496e758b
+# %% ../nbs/11_evaluate.ipynb #33faa631
 def accuracy_result(
     correct: Tensor,  # Whether each test image was classified correctly, `(n,)`, bool
     **card,  # How it was measured
@@ -52,31 +52,36 @@ def accuracy_result(
     "Result of one classifier on `n` independent test images."
     n_correct, n = int(correct.sum()), len(correct)
     interval = binomtest(n_correct, n).proportion_ci(0.95, method="wilson")
-    return Result(n_correct / n, float(interval.low), float(interval.high), dict(n_test=n, interval="Wilson 95%", **card))
+    card = dict(n_test=n, interval="Wilson 95%", **card)
+    return Result(n_correct / n, float(interval.low), float(interval.high), card)
 
-# %% ../nbs/11_evaluate.ipynb #8631f353
+# %% ../nbs/11_evaluate.ipynb #09192655
 def mean_result(
     values: Iterable[float],  # Accuracies of repeated experiments, at least 2
     **card,  # How they were measured
 ) -> Result:  # Student's 95% interval of the mean
-    "Result of an experiment repeated with other draws or seeds; raises `ValueError` for a single one."
+    "Result of a repeated experiment (other draws or seeds); raises `ValueError` for a single one."
     values = np.array(list(values), dtype=float)
     if len(values) < 2: raise ValueError(f"expected at least 2 repetitions, got {len(values)}")
     half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     mean = values.mean()
-    card = dict(repetitions=len(values), interval="Student's t 95% of the mean over repetitions", **card)
+    interval = "Student's t 95% of the mean over repetitions"
+    card = dict(repetitions=len(values), interval=interval, **card)
     return Result(float(mean), float(mean - half), float(mean + half), card)
 
-# %% ../nbs/11_evaluate.ipynb #93a4fbef
+# %% ../nbs/11_evaluate.ipynb #854952fb
 def environment() -> dict:
     "Software, hardware and peak memory of this process, for a card."
     packages = ("torch", "torchvision", "fastai", "scikit-learn", "simclr_nb")
     cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if cuda else cpu
+    unit = 1 if platform.system() == "Darwin" else 1024
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     peak = torch.cuda.max_memory_allocated() if cuda else rss
     software = {name: _version(name) for name in packages}
-    return dict(software=software, python=platform.python_version(), hardware=device, peak_memory_mib=round(peak / 2**20))
+    return dict(software=software, python=platform.python_version(), hardware=device,
+                peak_memory_mib=round(peak / 2**20))
 
 # %% ../nbs/11_evaluate.ipynb #39ef9009
 def _version(package: str) -> str:
@@ -100,23 +105,25 @@ class Features:
         if min(self.y_train.min(), self.y_test.min()) < 0:
             raise ValueError("evaluation needs a label for every image; some have none")
 
-# %% ../nbs/11_evaluate.ipynb #71aa9cd3
+# %% ../nbs/11_evaluate.ipynb #962d548d
 def encoder_features(
     encoder: nn.Module,  # Gives h
     dls: SimCLRDataLoaders,  # The validation set is the test set
     name: str = "encoder",  # What to call it in the card
     progress: bool = False,  # Show progress bars
+    **card,  # For the card: how the encoder was trained
 ) -> Features:
-    "Features h of clean images, by an encoder in evaluation mode; raises `ValueError` without labels."
+    "Features h of clean images by an encoder in eval mode; raises `ValueError` without labels."
     start = time.perf_counter()
     train, test = (represent(encoder, clean_loader(dls, i), progress) for i in (0, 1))
     seconds = time.perf_counter() - start
-    card = dict(encoder=name, config=getattr(encoder, "config", type(encoder).__name__), feature="h", data=dls.info,
-                preprocessing=f"whole image or central square, {dls.policy.size} px, values in [0, 1]",
-                images_per_second=round((len(train[0]) + len(test[0])) / seconds))
+    preprocessing = f"whole image or central square, {dls.policy.size} px, values in [0, 1]"
+    card = dict(encoder=name, config=getattr(encoder, "config", type(encoder).__name__),
+                feature="h", data=dls.info, preprocessing=preprocessing,
+                images_per_second=round((len(train[0]) + len(test[0])) / seconds), **card)
     return Features(*train, *test, card)
 
-# %% ../nbs/11_evaluate.ipynb #3f64c46a
+# %% ../nbs/11_evaluate.ipynb #d5be2490
 def pixel_features(
     dls: SimCLRDataLoaders,  # The validation set is the test set
 ) -> Features:
@@ -124,7 +131,8 @@ def pixel_features(
     batches = [list(clean_loader(dls, i)) for i in (0, 1)]
     (h_train, y_train), (h_test, y_test) = (map(torch.cat, zip(*b, strict=True)) for b in batches)
     side = min(h_train.shape[-1], 32)
-    h_train, h_test = (F.adaptive_avg_pool2d(h.cpu().float() / 255, side).flatten(1) for h in (h_train, h_test))
+    pooled = [F.adaptive_avg_pool2d(h.cpu().float() / 255, side) for h in (h_train, h_test)]
+    h_train, h_test = (h.flatten(1) for h in pooled)
     card = dict(encoder="pixels", feature=f"pixels, {side} x {side}", data=dls.info)
     return Features(h_train, y_train.cpu(), h_test, y_test.cpu(), card)
 
@@ -138,7 +146,7 @@ def random_encoder(
         torch.manual_seed(seed)
         return create_encoder(**config, zero_init_last=False).eval()
 
-# %% ../nbs/11_evaluate.ipynb #c6af5953
+# %% ../nbs/11_evaluate.ipynb #e867e22c
 def knn_accuracy(
     features: Features,  # Of training and test images
     k: int = 20,  # Neighbours that vote
@@ -146,10 +154,11 @@ def knn_accuracy(
 ) -> Result:
     "Accuracy of the weighted k-nearest-neighbour vote on the test set (Wu et al. 2018)."
     predicted = knn_predict(features.h_train, features.y_train, features.h_test, k, temperature)
-    card = dict(protocol="k-NN", k=k, temperature=temperature, selection="none", **features.card, **environment())
+    card = dict(protocol="k-NN", k=k, temperature=temperature, selection="none",
+                **features.card, **environment())
     return accuracy_result(predicted == features.y_test, **card)
 
-# %% ../nbs/11_evaluate.ipynb #f691c588
+# %% ../nbs/11_evaluate.ipynb #ffcd1de6
 def _fit_logistic(h: np.ndarray, y: np.ndarray, strengths: tuple) -> tuple:
     "Fitted search over the inverse L2 strength, within the given images."
     from sklearn.linear_model import LogisticRegression
@@ -157,38 +166,45 @@ def _fit_logistic(h: np.ndarray, y: np.ndarray, strengths: tuple) -> tuple:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    few = len(y) <= 2000
-    split = StratifiedKFold(5, shuffle=True, random_state=0) if few else StratifiedShuffleSplit(1, test_size=0.2, random_state=0)
+    if len(y) <= 2000: split = StratifiedKFold(5, shuffle=True, random_state=0)
+    else: split = StratifiedShuffleSplit(1, test_size=0.2, random_state=0)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3))
     return GridSearchCV(model, {"logisticregression__C": strengths}, cv=split).fit(h, y)
 
-# %% ../nbs/11_evaluate.ipynb #5e9d7a96
+# %% ../nbs/11_evaluate.ipynb #f9a755aa
 def logistic_accuracy(
     features: Features,  # Of training and test images
     per_class: int | None = None,  # Labelled images of each class; all if None
     draws: int = 10,  # Repetitions with other labelled images, where `per_class` is given
-    strengths: tuple = (0.001, 0.01, 0.1, 1.0),  # Inverse L2 strengths to choose from, by cross-validation
+    strengths: tuple = (0.001, 0.01, 0.1, 1.0),  # Inverse L2 strengths to cross-validate
 ) -> Result:
     "Test accuracy of logistic regression on features; its L2 is chosen within the training images."
     y_train, y_test = features.y_train.numpy(), features.y_test.numpy()
     subsets = [np.arange(len(y_train))]
-    if per_class: subsets = [label_subset(features.y_train, per_class, seed).numpy() for seed in range(draws)]
+    if per_class:
+        subsets = [label_subset(features.y_train, per_class, seed).numpy() for seed in range(draws)]
     h_train, h_test = features.h_train.numpy(), features.h_test.numpy()
     searches = [_fit_logistic(h_train[subset], y_train[subset], strengths) for subset in subsets]
     correct = [search.predict(h_test) == y_test for search in searches]
     selected = [search.best_params_["logisticregression__C"] for search in searches]
-    card = dict(protocol="logistic regression", labels_per_class=per_class or "all", strengths=strengths, selected=selected,
-                selection="cross-validation within the labelled training images", **features.card, **environment())
-    if per_class: return mean_result([c.mean() for c in correct], label_seeds=list(range(draws)), n_test=len(y_test), **card)
+    card = dict(protocol="logistic regression", labels_per_class=per_class or "all",
+                strengths=strengths, selected=selected,
+                selection="cross-validation within the labelled training images",
+                **features.card, **environment())
+    if per_class:
+        drawn = dict(label_seeds=list(range(draws)), n_test=len(y_test))
+        return mean_result([c.mean() for c in correct], **drawn, **card)
     return accuracy_result(torch.from_numpy(correct[0]), **card)
 
-# %% ../nbs/11_evaluate.ipynb #c924ddfb
+# %% ../nbs/11_evaluate.ipynb #a845e017
 def _batches(encoder: nn.Module, dls: SimCLRDataLoaders, augment: bool, bs: int) -> Iterable:
-    "Endless epochs of `(h, y)`: lists of batches, from augmented images or from features computed once."
+    "Endless epochs of batches `(h, y)`, from augmented images or from features computed once."
     device = next(encoder.parameters()).device
     if not augment:
         h, y = (t.to(device) for t in represent(encoder, clean_loader(dls, 0)))
-        while True: yield [(h[rows], y[rows]) for rows in torch.randperm(len(h), device=device).split(bs)]
+        while True:
+            order = torch.randperm(len(h), device=device)
+            yield [(h[rows], y[rows]) for rows in order.split(bs)]
     crop_flip = Policy("crop and flip", [dls.policy.crop])
     loader = dls.train.new(bs=bs, shuffle=True, drop_last=False)
     while True: yield ((_frozen(encoder, x, crop_flip), y.to(device)) for x, y in loader)
@@ -200,7 +216,7 @@ def _frozen(encoder: nn.Module, x: Tensor, crop_flip: Policy) -> Tensor:
     views = crop_flip(x) if x.ndim == 4 else x[:, 0].float() / 255
     return encoder(views.contiguous(memory_format=torch.channels_last)).float()
 
-# %% ../nbs/11_evaluate.ipynb #cf5cdd88
+# %% ../nbs/11_evaluate.ipynb #8e010f9a
 def linear_evaluation(
     encoder: nn.Module,  # Gives h; frozen, and bit-identical afterwards
     dls: SimCLRDataLoaders,  # Trains on the training set; the validation set is the test set
@@ -217,20 +233,22 @@ def linear_evaluation(
         classifier = _train_linear(encoder, dls, epochs, scale_lr(lr, bs), bs, augment, progress)
         h, y = represent(encoder, clean_loader(dls, 1))
     finally: encoder.train(training)
-    card = dict(protocol="linear evaluation", optimizer=f"SGD, Nesterov 0.9, lr {lr} * {bs} / 256, cosine, no weight decay",
-                epochs=epochs, bs=bs, augmentation=repr(dls.policy.crop) if augment else "none", selection="none",
-                feature="h", config=getattr(encoder, "config", type(encoder).__name__), data=dls.info,
-                seconds=round(time.perf_counter() - start, 1), **environment())
+    optimizer = f"SGD, Nesterov 0.9, lr {lr} * {bs} / 256, cosine, no weight decay"
+    card = dict(protocol="linear evaluation", optimizer=optimizer, epochs=epochs, bs=bs,
+                augmentation=repr(dls.policy.crop) if augment else "none", selection="none",
+                feature="h", config=getattr(encoder, "config", type(encoder).__name__),
+                data=dls.info, seconds=round(time.perf_counter() - start, 1), **environment())
     return accuracy_result(classifier.cpu()(h).argmax(1) == y, **card)
 
-# %% ../nbs/11_evaluate.ipynb #7be9b7f8
-def _train_linear(
-    encoder: nn.Module, dls: SimCLRDataLoaders, epochs: int, peak_lr: float, bs: int, augment: bool, progress: bool
-) -> nn.Linear:  # fmt: skip
+# %% ../nbs/11_evaluate.ipynb #2388b380
+def _train_linear(encoder: nn.Module, dls: SimCLRDataLoaders, epochs: int, peak_lr: float,
+                  bs: int, augment: bool, progress: bool) -> nn.Linear:
     "Linear classifier on frozen features, trained with a cosine schedule."
     device, labels = next(encoder.parameters()).device, dls.train.dataset.labels
-    if labels.min() < 0: raise ValueError("evaluation needs a label for every image; some have none")
-    with torch.no_grad(): dim = encoder(torch.zeros(2, 3, dls.policy.size, dls.policy.size, device=device)).shape[1]
+    if labels.min() < 0:
+        raise ValueError("evaluation needs a label for every image; some have none")
+    blank = torch.zeros(2, 3, dls.policy.size, dls.policy.size, device=device)
+    with torch.no_grad(): dim = encoder(blank).shape[1]
     classifier = nn.Linear(dim, len(dls.classes)).to(device)
     opt = torch.optim.SGD(classifier.parameters(), peak_lr, momentum=0.9, nesterov=True)
     step, total, batches = 0, epochs * -(-len(labels) // bs), _batches(encoder, dls, augment, bs)

@@ -100,15 +100,17 @@ def _new_folder(config: RunConfig) -> Path:
         return folder
     raise ValueError("no free folder under runs: give one with out (--out)")
 
-# %% ../nbs/11b_run.ipynb #dfb6164b
+# %% ../nbs/11b_run.ipynb #cefd7633
 def compare_with_baselines(
     encoders: dict[str, torch.nn.Module],  # Name to encoder
     dls: SimCLRDataLoaders,  # Labelled; the validation set is the test set
     per_class: int = 10,  # Labels per class of the few-label column
+    cards: dict[str, dict] | None = None,  # Name to how that encoder was trained, for the card
 ) -> dict[str, dict[str, Result]]:  # Protocol to feature to result
     "k-NN and logistic regression on raw pixels and on each encoder."
     features = dict(pixels=pixel_features(dls))
-    features |= {name: encoder_features(encoder, dls, name) for name, encoder in encoders.items()}
+    for name, encoder in encoders.items():
+        features[name] = encoder_features(encoder, dls, name, **(cards or {}).get(name, {}))
     protocols = {"all labels": logistic_accuracy, "k-NN": knn_accuracy}
     if features["pixels"].y_train.bincount().min() >= per_class:
         few = {f"{per_class} labels per class": partial(logistic_accuracy, per_class=per_class)}
@@ -230,6 +232,15 @@ def _loaders(config: RunConfig) -> SimCLRDataLoaders:
     kwargs = {name: getattr(config, name) for name in same}
     return simclr_dls(config.data, num_workers=config.workers, **kwargs)
 
+# %% ../nbs/11b_run.ipynb #b4c2dcaf
+def _evaluate(learn: SimCLRLearner, untrained: torch.nn.Module, settings: dict) -> dict:
+    "Results of the encoder and its baselines, with all settings in the card."
+    print("evaluating against raw pixels and an untrained encoder")
+    pretraining = settings["config"] | settings["pretraining"]
+    cards = dict(pretrained=dict(pretraining=pretraining, policy=settings["policy"]))
+    encoders = dict(random=untrained, pretrained=learn.model.encoder)
+    return compare_with_baselines(encoders, learn.dls, cards=cards)
+
 # %% ../nbs/11b_run.ipynb #7d7c8386
 def _write_results(folder: Path, data: str, figures: dict, results: dict, settings: dict) -> None:
     "Write `results.json` and the report."
@@ -246,27 +257,26 @@ def _announce(config: RunConfig, info: dict, folder: Path) -> None:
     if info["skipped"]:
         print(f"skipped {len(info['skipped'])} damaged files, listed in {folder / 'config.json'}")
 
-# %% ../nbs/11b_run.ipynb #9dcf9558
+# %% ../nbs/11b_run.ipynb #83f80e34
 def run_pretraining(
     config: RunConfig,  # Settings
 ) -> Run:
-    "Pretrain, evaluate, write a run folder; raises `ValueError` or `FileNotFoundError` for bad input."
+    "Pretrain, evaluate, write a run folder; raises `ValueError` or `OSError` for bad input."
     _check(config)
     set_seed(config.seed)
     dls = _loaders(config)
     config = _complete(config, dls.train.bs)
-    kwargs = {name: getattr(config, name) for name in ("temperature", "precision", "zero_init_last")}
+    passed = ("temperature", "precision", "zero_init_last")
+    kwargs = {name: getattr(config, name) for name in passed}
     learn = simclr_learner(dls, config.arch, config.width, **kwargs)
     folder = learn.path = _new_folder(config)
-    settings = dict(config=asdict(config), data=dls.info, policy=repr(dls.policy), version=__version__)
+    about = dict(data=dls.info, policy=repr(dls.policy), version=__version__)
+    settings = dict(config=asdict(config), **about)
     write_atomic(folder / "config.json", json.dumps(settings, indent=2).encode())
     _announce(config, dls.info, folder)
     views = learn.views.two_views(dls.train.one_batch()[0][:8])
     settings["pretraining"] = _pretrain(learn, config, folder)
     untrained = random_encoder(learn.model.encoder.config, config.seed).to(dls.device)
-    results = {}
-    if len(dls.classes) > 1:
-        encoders = dict(random=untrained, pretrained=learn.model.encoder)
-        results = compare_with_baselines(encoders, dls)
+    results = _evaluate(learn, untrained, settings) if len(dls.classes) > 1 else {}
     _write_results(folder, dls.info["data"], _figures(learn, untrained, views), results, settings)
     return Run(folder, results)

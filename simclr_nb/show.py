@@ -38,7 +38,7 @@ COLORS = dict(
     chance="#999999", h="#0072B2", z="#D55E00",
 )  # fmt: skip
 
-# %% ../nbs/00_show.ipynb #85a49256
+# %% ../nbs/00_show.ipynb #a46b09f7
 def to_array(
     image: Tensor,  # One image, `(C, H, W)` with C 1 or 3; uint8, or float in [0, 1]
 ):  # NumPy array `(H, W, 3)`, float in [0, 1]
@@ -48,13 +48,13 @@ def to_array(
     image = image.detach().cpu()
     image = image / 255 if image.dtype == torch.uint8 else image.float()
     if image.min() < -0.2 or image.max() > 1.2:
-        low, high = image.min().item(), image.max().item()
-        raise ValueError(f"expected float values in [0, 1], got {low:.2f} to {high:.2f}; undo Normalize first")
+        found = f"{image.min().item():.2f} to {image.max().item():.2f}"
+        raise ValueError(f"expected float values in [0, 1], got {found}; undo Normalize first")
     return image.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
 
-# %% ../nbs/00_show.ipynb #34f8c8d8
+# %% ../nbs/00_show.ipynb #fcd377de
 def image_grid(
-    images,  # Images, `(N, C, H, W)` or a list of `(C, H, W)` of any sizes; uint8, or float in [0, 1]
+    images,  # `(N, C, H, W)` or a list of `(C, H, W)` of any sizes; uint8, or float in [0, 1]
     n_cols: int = 8,  # Images in a row
     titles: list[str] | None = None,  # One title per image
     size: float = 1.0,  # Width of an image, in inches
@@ -72,13 +72,13 @@ def image_grid(
         if titles and i < len(titles): ax.set_title(titles[i], fontsize=8, pad=2)
     return fig
 
-# %% ../nbs/00_show.ipynb #d498d58c
+# %% ../nbs/00_show.ipynb #62968432
 def view_pairs(
     views: Tensor,  # `(2N, C, H, W)`; rows `i` and `i + N` show one image
     n: int = 8,  # Pairs to show
     size: float = 1.0,  # Width of an image, in inches
 ) -> Figure:
-    "First views in the upper row, second views below; raises `ValueError` for an odd number of rows."
+    "First views above, second views below; raises `ValueError` for an odd number of rows."
     if len(views) % 2: raise ValueError(f"expected two views per image, got {len(views)} rows")
     n_images = len(views) // 2
     n = min(n, n_images)
@@ -93,7 +93,7 @@ def intensity_histogram(
     values = torch.from_numpy(to_array(image))
     return torch.histc(values, bins=bins, min=0, max=1) / values.numel()
 
-# %% ../nbs/00_show.ipynb #ffa476c9
+# %% ../nbs/00_show.ipynb #6c7911d8
 def histogram_grid(
     rows: list[list[Tensor]],  # Rows of images `(C, H, W)`; every row has the same length
     row_titles: list[str] | None = None,  # One title per row
@@ -106,14 +106,15 @@ def histogram_grid(
     axes = fig.subplots(n_rows, n_cols, squeeze=False, sharex=True, sharey=True)
     x = (torch.arange(bins) + 0.5) / bins
     for r, images in enumerate(rows):
+        color = PALETTE[r % len(PALETTE)]
         for ax, image in zip(axes[r], images, strict=True):
-            ax.fill_between(x, intensity_histogram(image, bins), step="mid", color=PALETTE[r % len(PALETTE)])
+            ax.fill_between(x, intensity_histogram(image, bins), step="mid", color=color)
             ax.set(xticks=[0, 1], yticks=[])
         if row_titles: axes[r][0].set_ylabel(row_titles[r], fontsize=8)
     for ax in axes[-1]: ax.set_xlabel("intensity", fontsize=8)
     return fig
 
-# %% ../nbs/00_show.ipynb #8820a2ab
+# %% ../nbs/00_show.ipynb #cc629010
 def plot_spectra(
     spectra: dict[str, Tensor],  # Name to eigenvalues in decreasing order, `(D,)`
 ) -> Figure:
@@ -123,12 +124,13 @@ def plot_spectra(
     for i, (name, values) in enumerate(spectra.items()):
         values = values.detach().cpu().float()
         relative = (values / values[0].clamp_min(1e-30)).clamp_min(1e-9)
-        ax.semilogy(torch.arange(1, len(values) + 1), relative, label=name, color=COLORS.get(name, PALETTE[i % 8]))
+        color = COLORS.get(name, PALETTE[i % 8])
+        ax.semilogy(torch.arange(1, len(values) + 1), relative, label=name, color=color)
     ax.set(xlabel="rank of the eigenvalue", ylabel="eigenvalue / largest")
     ax.legend(fontsize=8)
     return fig
 
-# %% ../nbs/00_show.ipynb #badb9b30
+# %% ../nbs/00_show.ipynb #d2504c2c
 def plot_embeddings(
     embeddings: dict[str, Tensor],  # Title to points, `(N, 2)`
     labels: Tensor,  # Class of each point, `(N,)`, integers from 0; negative: unknown
@@ -139,18 +141,20 @@ def plot_embeddings(
     fig = Figure(figsize=(size * len(embeddings) + 1, size), layout="constrained")
     n_classes = max(int(labels.max()) + 1, 1)
     classes = classes or [str(c) for c in range(n_classes)]
-    for ax, (title, points) in zip(fig.subplots(1, len(embeddings), squeeze=False)[0], embeddings.items(), strict=True):
-        scatter = ax.scatter(*points.T, c=labels, s=5, cmap="tab10" if n_classes <= 10 else "turbo", vmin=0,
-                             vmax=max(n_classes, 10) - 1, linewidths=0)
+    axes = fig.subplots(1, len(embeddings), squeeze=False)[0]
+    for ax, (title, points) in zip(axes, embeddings.items(), strict=True):
+        scatter = ax.scatter(*points.T, c=labels, s=5, cmap="tab10" if n_classes <= 10 else "turbo",
+                             vmin=0, vmax=max(n_classes, 10) - 1, linewidths=0)
         ax.set(xticks=[], yticks=[], title=title)
     if 1 < n_classes <= 20:
-        handles = [ax.scatter([], [], s=20, color=scatter.to_rgba(c), label=classes[c]) for c in range(n_classes)]
+        handles = [ax.scatter([], [], s=20, color=scatter.to_rgba(c), label=classes[c])
+                   for c in range(n_classes)]
         fig.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
     return fig
 
-# %% ../nbs/00_show.ipynb #0214573f
+# %% ../nbs/00_show.ipynb #88cb06b8
 def plot_history(
-    history: dict[str, list[float]],  # Column name to one value per epoch; columns of one plot share a key
+    history: dict[str, list[float]],  # Column name to one value per epoch
     groups: dict[str, list[str]],  # Title of a plot to the columns drawn in it
     chance: dict[str, float] | None = None,  # Title of a plot to the value that guessing gives
 ) -> Figure:
@@ -158,17 +162,19 @@ def plot_history(
     groups = {t: [c for c in columns if c in history] for t, columns in groups.items()}
     groups = {t: columns for t, columns in groups.items() if columns}
     fig = Figure(figsize=(3 * len(groups), 2.5), layout="constrained")
-    for ax, (title, columns) in zip(fig.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+    axes = fig.subplots(1, len(groups), squeeze=False)[0]
+    for ax, (title, columns) in zip(axes, groups.items(), strict=True):
         for i, column in enumerate(columns):
             epochs = range(1, len(history[column]) + 1)
-            ax.plot(epochs, history[column], marker=".", label=column.replace("_", " "), color=PALETTE[i % 8])
+            label = column.replace("_", " ")
+            ax.plot(epochs, history[column], marker=".", label=label, color=PALETTE[i % 8])
         if chance and title in chance:
             ax.axhline(chance[title], ls="--", color=COLORS["chance"], label="chance")
         ax.set(title=title, xlabel="epoch")
         ax.legend(fontsize=7)
     return fig
 
-# %% ../nbs/00_show.ipynb #b277c8ab
+# %% ../nbs/00_show.ipynb #3392a531
 def figure_html(
     fig: Figure,  # The figure
     alt: str,  # What it shows, for readers who cannot see it
@@ -179,6 +185,7 @@ def figure_html(
 
     buffer = BytesIO()
     kwargs = dict(pil_kwargs={"quality": 85}) if photo else {}
-    fig.savefig(buffer, format="jpeg" if photo else "png", dpi=110, **kwargs)
+    kind = "jpeg" if photo else "png"
+    fig.savefig(buffer, format=kind, dpi=110, **kwargs)
     data = b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(alt, quote=True)}" src="data:image/{"jpeg" if photo else "png"};base64,{data}">'
+    return f'<img alt="{escape(alt, quote=True)}" src="data:image/{kind};base64,{data}">'
