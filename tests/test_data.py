@@ -14,8 +14,8 @@ from simclr_nb.data import clean_loader, find_source, read_image, simclr_dls
 FLOWER = Image.fromarray(load_sample_images().images[1]).resize((60, 40))
 
 
-def pixels(path: Path) -> torch.Tensor:
-    with Image.open(path) as image: return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 # Reading
@@ -78,14 +78,15 @@ def test_cifar10_source(cifar10, source):
 
 
 def test_cifar10_subset_is_balanced_and_decoded(cifar_dls, source):
-    for loader, paths, n in [(cifar_dls.train, source.train, 2000), (cifar_dls.valid, source.valid, 500)]:
-        data = loader.dataset
+    for i, paths, n in [(0, source.train, 2000), (1, source.valid, 500)]:
+        data = cifar_dls[i].dataset
         assert data.images.shape == (n, 3, 32, 32) and data.images.dtype == torch.uint8
         assert data.labels.bincount().tolist() == [n // 10] * 10
         for i in range(0, n, 97):
-            assert torch.equal(data.images[i], pixels(paths[i]))
+            with Image.open(paths[i]) as image: assert torch.equal(data.images[i], pixels(image))
             assert cifar_dls.classes[data.labels[i]] == paths[i].parent.name
-    assert cifar_dls.info["in_memory"] and (cifar_dls.policy.name, cifar_dls.policy.size) == ("cifar", 32)
+    assert cifar_dls.info["in_memory"]
+    assert (cifar_dls.policy.name, cifar_dls.policy.size) == ("cifar", 32)
 
 
 def test_cifar10_epoch_shows_each_image_at_most_once(cifar_dls):
@@ -105,8 +106,8 @@ def test_cifar10_epoch_shows_each_image_at_most_once(cifar_dls):
 def test_cifar10_clean_loader_is_the_whole_set_in_order(cifar_dls):
     for i, n in [(0, 2000), (1, 500)]:
         x, y = (torch.cat(parts).cpu() for parts in zip(*clean_loader(cifar_dls, i), strict=True))
-        assert torch.equal(x, cifar_dls[i].dataset.images) and torch.equal(y, cifar_dls[i].dataset.labels)
-        assert len(x) == n
+        data = cifar_dls[i].dataset
+        assert torch.equal(x, data.images) and torch.equal(y, data.labels) and len(x) == n
 
 
 def test_cifar100_sample(cifar100_sample):
@@ -158,9 +159,8 @@ def test_clean_photographs_in_order(imagenet_sample):
         assert torch.equal(y, dls[i].dataset.labels)
         for j in range(0, n, 9):  # the central square, up to the filter
             image = read_image(dls[i].dataset.paths[j])
-            side = round(224 / 256 * min(image.size))
-            square = ImageOps.fit(image, (64, 64), Image.BOX, bleed=(1 - side / min(image.size)) / 2)
-            assert (torch.from_numpy(np.array(square)).permute(2, 0, 1).float() - x[j]).abs().mean() < 12
+            square = ImageOps.fit(image, (64, 64), Image.BOX, bleed=(1 - 224 / 256) / 2)
+            assert (pixels(square).float() - x[j]).abs().mean() < 12
 
 
 def test_grayscale_photographs_have_three_channels(imagenet_sample):
@@ -179,7 +179,8 @@ def test_grayscale_photographs_have_three_channels(imagenet_sample):
 @pytest.fixture
 def photos(tmp_path, imagenet_sample) -> Path:
     "Some photographs, to be damaged."
-    for i, path in enumerate(sorted(imagenet_sample.rglob("*.JPEG"))[:12]): shutil.copy(path, tmp_path / f"{i}.jpg")
+    for i, path in enumerate(sorted(imagenet_sample.rglob("*.JPEG"))[:12]):
+        shutil.copy(path, tmp_path / f"{i}.jpg")
     return tmp_path
 
 
@@ -201,6 +202,7 @@ def test_file_removed_during_the_training_is_named(photos):
 def test_every_damaged_file_is_listed(photos):
     victims = [photos / f"{i}.jpg" for i in (2, 5, 7)]
     for path in victims: path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(ValueError, match=r"\d.jpg: .* and 2 more; .*--skip-bad"): simclr_dls(photos, bs=2, num_workers=0)
+    with pytest.raises(ValueError, match=r"\d.jpg: .* and 2 more; .*--skip-bad"):
+        simclr_dls(photos, bs=2, num_workers=0)
     dls = simclr_dls(photos, bs=2, n_valid=2, num_workers=0, skip_bad=True)
     assert sorted(line.split(": ")[0] for line in dls.info["skipped"]) == sorted(map(str, victims))

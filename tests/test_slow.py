@@ -1,4 +1,4 @@
-"Does it learn? The two promised experiments, and a wheel far from the repository; `make slow` runs them."
+"Does it learn? The two promised experiments; and a wheel far from the repository. For `make slow`."
 import json
 import shutil
 import subprocess
@@ -44,7 +44,8 @@ def test_cifar10(tmp_path, cifar10, seed):
 
 
 def run_command(*command, cwd: Path) -> str:
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=1800)
+    capture = dict(capture_output=True, text=True, timeout=1800)
+    done = subprocess.run([str(c) for c in command], cwd=cwd, **capture)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -52,16 +53,18 @@ def run_command(*command, cwd: Path) -> str:
 def test_wheel(tmp_path):
     "Built from the tree, installed into a fresh environment, run in a folder of its own."
     (tree := tmp_path / "tree").mkdir()
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
+    for name in "settings.ini setup.py pyproject.toml MANIFEST.in README.md LICENSE".split():
         shutil.copy(ROOT / name, tree)
-    shutil.copytree(ROOT / "simclr_nb", tree / "simclr_nb", ignore=shutil.ignore_patterns("__pycache__"))
-    run_command(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, tree, cwd=tmp_path)
+    shutil.copytree(ROOT / "simclr_nb", tree / "simclr_nb")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path]
+    run_command(*build, tree, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     run_command(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     programs = tmp_path / "venv" / "bin"
     run_command(programs / "python", "-m", "pip", "install", "-q", wheel, cwd=tmp_path)
     (away := tmp_path / "away").mkdir()
-    origin = run_command(programs / "python", "-c", "import simclr_nb; print(simclr_nb.__file__)", cwd=away)
+    where = "import simclr_nb; print(simclr_nb.__file__)"
+    origin = run_command(programs / "python", "-c", where, cwd=away)
     assert Path(origin.strip()).is_relative_to(tmp_path / "venv")
     run_command(programs / "simclr-pretrain", "--epochs", "2", "--width", "0.125", cwd=away)
     (folder,) = (away / "runs").iterdir()
