@@ -10,7 +10,7 @@ test:  # every notebook, then every test that takes less than a minute
 	python -m pytest -q -m "not slow"
 
 slow:  # the rest: cells marked `slow`, tests marked slow
-	$(RUN) --flags slow
+	$(RUN) --flags slow --cell-timeout 1800
 	python -m pytest -q -m slow
 
 docs:  # modules, outputs, docs/ and README.md from the notebooks

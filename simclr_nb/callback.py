@@ -56,7 +56,7 @@ def auto_precision(
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
-# %% ../nbs/09_callback.ipynb #aff6e0c7
+# %% ../nbs/09_callback.ipynb #0b1f83c3
 class PrecisionCallback(MixedPrecision):
     "Autocast to bf16 or fp16 on the model's device; fp16 scales its gradients."
 
@@ -65,7 +65,18 @@ class PrecisionCallback(MixedPrecision):
         dtype = torch.bfloat16 if self.amp_mode == AMPMode.BF16 else torch.float16
         self.autocast = torch.autocast(device, dtype)
         self.learn.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-        self.scales = []
+        self.scales, self.is_entered = [], False
+
+    def before_batch(self):
+        super().before_batch()
+        self.is_entered = True
+
+    def after_loss(self): self.leave()
+
+    def leave(self):
+        "End autocast, also after an error in the middle of a batch."
+        if self.is_entered: self.autocast.__exit__(None, None, None)
+        self.is_entered = False
 
 # %% ../nbs/09_callback.ipynb #d1acab37
 class ScheduleCallback(Callback):
@@ -88,9 +99,11 @@ class ScheduleCallback(Callback):
             lr = warmup_cosine(self.train_iter, self.peak_lr, self.warmup_steps, self.total_steps)
             self.opt.set_hyper("lr", lr)
 
-# %% ../nbs/09_callback.ipynb #3ade27d9
+# %% ../nbs/09_callback.ipynb #4d89794c
 class FiniteLossCallback(Callback):
     "Stop a diverged run with an error that says what to try."
+
+    def before_fit(self): self.run = not hasattr(self.learn, "lr_finder")
 
     def after_loss(self):
         if self.training and not torch.isfinite(self.loss):

@@ -42,7 +42,7 @@ def config_parser() -> ArgumentParser:  # Parses the options of `simclr-pretrain
             parser.add_argument(option, type=kind, default=f.default, metavar=name, help=text)
     return parser
 
-# %% ../nbs/17_cli.ipynb #91f4f21f
+# %% ../nbs/17_cli.ipynb #4851fc0e
 def pretrain(
     argv: Sequence[str] | None = None,  # Arguments; those of the process by default
 ) -> int:  # Exit code: 0, 2 for unusable input, 130 when interrupted
@@ -51,7 +51,8 @@ def pretrain(
     config = RunConfig(**vars(parser.parse_args(argv)))
     if not sys.stdout.isatty(): plain_progress()
     try: print(run_pretraining(config))
-    except (ValueError, OSError, FloatingPointError) as error: parser.error(str(error))
+    except (ValueError, OSError, FloatingPointError) as error:
+        parser.error(str(error).strip().splitlines()[-1])  # below fastai's or a worker's preface
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

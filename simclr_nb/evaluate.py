@@ -6,9 +6,10 @@
 __all__ = ['Result', 'accuracy_result', 'mean_result', 'environment', 'Features', 'encoder_features', 'pixel_features',
            'random_encoder', 'knn_accuracy', 'logistic_accuracy', 'linear_evaluation']
 
-# %% ../nbs/11_evaluate.ipynb #107d8873
+# %% ../nbs/11_evaluate.ipynb #213ddba9
 import json
 import platform
+import random
 import resource
 import time
 from collections.abc import Iterable
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from .augment import Policy
 from .data import SimCLRDataLoaders, clean_loader, label_subset
-from .diagnose import knn_predict, represent
+from .diagnose import evaluating, knn_predict, represent
 from .encoder import create_encoder
 from .optim import scale_lr, warmup_cosine
 
@@ -158,15 +159,17 @@ def knn_accuracy(
                 **features.card, **environment())
     return accuracy_result(predicted == features.y_test, **card)
 
-# %% ../nbs/11_evaluate.ipynb #ffcd1de6
+# %% ../nbs/11_evaluate.ipynb #04ef32e3
 def _fit_logistic(h: np.ndarray, y: np.ndarray, strengths: tuple) -> tuple:
     "Fitted search over the inverse L2 strength, within the given images."
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, StratifiedKFold, StratifiedShuffleSplit
+    from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold, StratifiedShuffleSplit
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if len(y) <= 2000: split = StratifiedKFold(5, shuffle=True, random_state=0)
+    fewest = np.unique(y, return_counts=True)[1].min()
+    if fewest < 2: split = KFold(5, shuffle=True, random_state=0)  # nothing to stratify
+    elif len(y) <= 2000: split = StratifiedKFold(min(5, fewest), shuffle=True, random_state=0)
     else: split = StratifiedShuffleSplit(1, test_size=0.2, random_state=0)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3))
     return GridSearchCV(model, {"logisticregression__C": strengths}, cv=split).fit(h, y)
@@ -196,7 +199,7 @@ def logistic_accuracy(
         return mean_result([c.mean() for c in correct], **drawn, **card)
     return accuracy_result(torch.from_numpy(correct[0]), **card)
 
-# %% ../nbs/11_evaluate.ipynb #a845e017
+# %% ../nbs/11_evaluate.ipynb #44c177e0
 def _batches(encoder: nn.Module, dls: SimCLRDataLoaders, augment: bool, bs: int) -> Iterable:
     "Endless epochs of batches `(h, y)`, from augmented images or from features computed once."
     device = next(encoder.parameters()).device
@@ -207,6 +210,7 @@ def _batches(encoder: nn.Module, dls: SimCLRDataLoaders, augment: bool, bs: int)
             yield [(h[rows], y[rows]) for rows in order.split(bs)]
     crop_flip = Policy("crop and flip", [dls.policy.crop])
     loader = dls.train.new(bs=bs, shuffle=True, drop_last=False)
+    loader.rng = random.Random(int(torch.randint(2**31, ())))
     while True: yield ((_frozen(encoder, x, crop_flip), y.to(device)) for x, y in loader)
 
 # %% ../nbs/11_evaluate.ipynb #5b013971
@@ -216,7 +220,7 @@ def _frozen(encoder: nn.Module, x: Tensor, crop_flip: Policy) -> Tensor:
     views = crop_flip(x) if x.ndim == 4 else x[:, 0].float() / 255
     return encoder(views.contiguous(memory_format=torch.channels_last)).float()
 
-# %% ../nbs/11_evaluate.ipynb #8e010f9a
+# %% ../nbs/11_evaluate.ipynb #60bf568a
 def linear_evaluation(
     encoder: nn.Module,  # Gives h; frozen, and bit-identical afterwards
     dls: SimCLRDataLoaders,  # Trains on the training set; the validation set is the test set
@@ -227,12 +231,10 @@ def linear_evaluation(
     progress: bool = True,  # Show a progress bar with ETA
 ) -> Result:
     "Accuracy of a linear classifier trained by SGD on a frozen encoder (paper 2.3 and B.6)."
-    start, training = time.perf_counter(), encoder.training
-    encoder.eval()
-    try:
+    start = time.perf_counter()
+    with evaluating(encoder):
         classifier = _train_linear(encoder, dls, epochs, scale_lr(lr, bs), bs, augment, progress)
         h, y = represent(encoder, clean_loader(dls, 1))
-    finally: encoder.train(training)
     optimizer = f"SGD, Nesterov 0.9, lr {lr} * {bs} / 256, cosine, no weight decay"
     card = dict(protocol="linear evaluation", optimizer=optimizer, epochs=epochs, bs=bs,
                 augmentation=repr(dls.policy.crop) if augment else "none", selection="none",

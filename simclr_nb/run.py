@@ -61,12 +61,22 @@ class RunConfig:
     skip_bad: bool = False  # Skip damaged image files, count and list them, instead of stopping
     out: str | None = None  # Folder of the run; a new one under "runs" by default
 
-# %% ../nbs/11b_run.ipynb #a2269c94
+# %% ../nbs/11b_run.ipynb #b5639cde
+def _check_empty(folder: Path) -> None:
+    "Refuse a folder that holds anything, such as another run."
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not an empty folder: give another one, or remove it")
+
+# %% ../nbs/11b_run.ipynb #641ea642
 def _check(config: RunConfig) -> None:
     "Refuse at once, before any image is read, what would fail later."
+    if config.width > 64: raise ValueError(f"width must be at most 64, got {config.width}")
     with torch.device("meta"): create_encoder(config.arch, config.width)
     NTXent(0.5 if config.temperature is None else config.temperature)
-    scale_lr(config.lr or 0.0, config.bs or 256, config.scaling)
+    scale_lr(config.lr or 0.0, max(config.bs or 256, 1), config.scaling)
+    if config.lr is None and config.scaling == "none":
+        raise ValueError("scaling 'none' needs a learning rate: give lr (--lr)")
+    if config.out is not None: _check_empty(Path(config.out))
     for name in ("epochs", "n_train", "n_valid"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -83,13 +93,11 @@ def _complete(config: RunConfig, bs: int) -> RunConfig:
     open_fields = {k: v for k, v in decided.items() if getattr(config, k) is None}
     return replace(config, bs=bs, **open_fields)
 
-# %% ../nbs/11b_run.ipynb #ef9fe023
+# %% ../nbs/11b_run.ipynb #a10653c9
 def _new_folder(config: RunConfig) -> Path:
-    "Empty folder for a run; raises `ValueError` where another run lies."
+    "New folder for a run."
     if config.out is not None:
         folder = Path(config.out)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} is not an empty folder: give another one, or remove it")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     name = Path(config.data).name or "run"
@@ -141,16 +149,15 @@ _PAGE = """<!doctype html>
 </html>
 """
 
-# %% ../nbs/11b_run.ipynb #85fd1161
+# %% ../nbs/11b_run.ipynb #8e886903
 def _table(results: dict[str, dict[str, Result]]) -> str:
     "HTML table: one row per feature, one column per protocol, each with its interval."
-    rows = [["", *map(escape, results)]]
+    cell = "<td>{0.value:.1%} <small>{0.low:.1%} to {0.high:.1%}</small></td>".format
+    rows = ["<th></th>" + "".join(f"<th>{escape(protocol)}</th>" for protocol in results)]
     for name in next(iter(results.values())):
-        rs = [column[name] for column in results.values()]
-        interval = "{0.value:.1%} <small>{0.low:.1%} to {0.high:.1%}</small>".format
-        rows.append([escape(name), *map(interval, rs)])
-    body = "".join(f"<tr><th>{'</td><td>'.join(row)}</td></tr>" for row in rows)
-    return f"<div><table>{body}</table></div>"
+        cells = "".join(cell(column[name]) for column in results.values())
+        rows.append(f"<th>{escape(name)}</th>{cells}")
+    return "<div><table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>"
 
 # %% ../nbs/11b_run.ipynb #9d0bd350
 def _lines(title: str, content) -> str:
