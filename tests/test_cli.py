@@ -83,7 +83,7 @@ def refused(command):
     ("--epochs", "many", "int"), ("--epochs", "1.5", "int"), ("--epochs", "0", "at least 1"),
     ("--n-train", "-5", "at least 1"), ("--n-train", "0", "at least 1"),
     ("--n-valid", "1", "at least 2"), ("--workers", "-1", "at least 0"), ("--seed", "x", "int"),
-    ("--width", "-1", "> 0"), ("--width", "0.3", "whole number"), ("--width", "1e9", "width"),
+    ("--width", "-1", "> 0"), ("--width", "0.3", "whole number"), ("--width", "65", "at most 64"),
     ("--colour", "red", "--help"),
 ])
 def test_bad_option(refused, option, value, advice):
