@@ -54,8 +54,9 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     "Keep the upper 8 bits; Pillow's own conversion would clip at 255."
     return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
 
-# %% ../nbs/02_data.ipynb #1b104889
-IMAGE_SUFFIXES = set(".jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .jp2 .avif".split())
+# %% ../nbs/02_data.ipynb #8abba707
+_SUFFIXES = ".jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .jp2 .avif"
+IMAGE_SUFFIXES = set(_SUFFIXES.split())
 
 # %% ../nbs/02_data.ipynb #69d07eee
 def find_images(
