@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -179,7 +180,8 @@ def test_interrupt(tmp_path):
     env = os.environ | dict(PYTHONUNBUFFERED="1")
     argv = [*COMMAND, "--epochs", "500", "--width", "0.125"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(argv, cwd=tmp_path, env=env, **pipes)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
+    process = subprocess.Popen(argv, cwd=tmp_path, env=env, preexec_fn=heed, **pipes)
     try:
         for line in process.stdout:
             if re.match(r"0 +\d", line): break  # the first epoch
