@@ -210,9 +210,9 @@ class ImageFiles:
         views = [ImageOps.mirror(c) if flip else c for c, flip in zip(crops, flips, strict=True)]
         return torch.stack([_to_tensor(view) for view in views]), self.labels[i]
 
-# %% ../nbs/02_data.ipynb #a6ebbf39
-def _deal(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    "Order in which any beginning is balanced over parent folders, and the label of each."
+# %% ../nbs/02_data.ipynb #4058a022
+def _deal(paths: Sequence[Path]) -> list[Path]:
+    "Order in which any beginning is balanced over parent folders."
     groups: dict[str, list[Path]] = {}
     for path in paths: groups.setdefault(path.parent.name, []).append(path)
     rng, dealt = random.Random(0), []
@@ -220,7 +220,7 @@ def _deal(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
         rng.shuffle(group)
         dealt += [(i / len(group), label, path) for i, path in enumerate(group)]
     dealt.sort(key=lambda item: item[:2])
-    return [path for *_, path in dealt], [label for _, label, _ in dealt]
+    return [path for *_, path in dealt]
 
 # %% ../nbs/02_data.ipynb #4ac4f8d2
 @dataclass
@@ -238,7 +238,7 @@ class Source:
         index = {name: i for i, name in enumerate(self.classes)}
         return [index.get(path.parent.name, -1) for path in paths]
 
-# %% ../nbs/02_data.ipynb #97062884
+# %% ../nbs/02_data.ipynb #0c999369
 def folder_source(
     folder: str | Path,  # Images, perhaps in sub-folders
     name: str | None = None,  # Name in reports; the folder's by default
@@ -255,8 +255,8 @@ def folder_source(
     classes = sorted({p.name for p in parents}) if root not in parents and len(parents) > 1 else []
     if classes and (unknown := sorted({p.parent.name for p in valid_files} - set(classes))):
         raise ValueError(f"no training images of class {unknown[0]!r}, which {held_out[0]} has")
-    train, _ = _deal(train_files)
-    valid, split = _deal(valid_files)[0], f"{held_out[0].name} folder" if given else ""
+    train, valid = _deal(train_files), _deal(valid_files)
+    split = f"{held_out[0].name} folder" if given else ""
     if not given:
         n_valid = max(round(valid_share * len(train)), 2)
         train, valid = train[n_valid:], train[:n_valid]

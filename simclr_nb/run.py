@@ -167,7 +167,7 @@ def _lines(title: str, content) -> str:
     text = "\n".join(f"{k}: {v}" for k, v in shown.items())
     return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
 
-# %% ../nbs/11b_run.ipynb #94294ac9
+# %% ../nbs/11b_run.ipynb #54a4abc0
 def _figures(
     learn: SimCLRLearner,  # After pretraining
     untrained: torch.nn.Module,  # The same encoder at random initialisation
@@ -177,8 +177,8 @@ def _figures(
     loader = clean_loader(learn.dls, 1)
     loader.n = min(1000, len(loader.dataset))
     encoders = dict(random=untrained, pretrained=learn.model.encoder)
-    hs = {name: represent(encoder, loader)[0] for name, encoder in encoders.items()}
-    y = represent(untrained, loader)[1]
+    hs = {}
+    for name, encoder in encoders.items(): hs[name], y = represent(encoder, loader)
     figures = {"Training, epoch by epoch. Dashed: what guessing gives.": learn.plot_history(),
                "Two views of each of eight training images.": view_pairs(views)}
     if len(y) >= 10:
