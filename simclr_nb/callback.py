@@ -112,8 +112,15 @@ class FiniteLossCallback(Callback):
             found = f"the loss is {self.loss.item()} at {place}"
             raise FloatingPointError(f"{found}: lower the learning rate")
 
-# %% ../nbs/09_callback.ipynb #057855c4
-class RepresentCallback(Callback):
+# %% ../nbs/09_callback.ipynb #a740a792
+class _Measurement(Callback):
+    "Measures during `fit` only."
+
+    def before_fit(self):
+        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
+
+# %% ../nbs/09_callback.ipynb #0f637dfb
+class RepresentCallback(_Measurement):
     "After each validation, `h` of clean training and validation images."
     order = 20
 
@@ -123,19 +130,14 @@ class RepresentCallback(Callback):
     ):
         self.max_images = max_images
 
-    def before_fit(self):
-        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
-
     def after_validate(self): self.bank, self.valid = (self._represent(i) for i in (0, 1))
     def after_fit(self): self.bank = self.valid = None
 
     def _represent(self, i: int) -> tuple[Tensor, Tensor]:
-        loader = clean_loader(self.dls, i)
-        loader.n = min(self.max_images, len(loader.dataset))
-        return represent(self.model.encoder, loader)
+        return represent(self.model.encoder, clean_loader(self.dls, i, n=self.max_images))
 
-# %% ../nbs/09_callback.ipynb #c814c70c
-class ProbeCallback(Callback):
+# %% ../nbs/09_callback.ipynb #252f94d3
+class ProbeCallback(_Measurement):
     "Linear classifier on detached `h`, trained along; column `probe` of the table."
     order = 30
 
@@ -145,9 +147,6 @@ class ProbeCallback(Callback):
         lr: float = 1e-2,  # Learning rate of its Adam optimiser
     ):
         self.n_classes, self.lr, self.classifier, self.accuracy = n_classes, lr, None, None
-
-    def before_fit(self):
-        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
 
     def _start(self, h: Tensor):
         layers = nn.BatchNorm1d(h.shape[1], affine=False), nn.Linear(h.shape[1], self.n_classes)
@@ -173,8 +172,8 @@ class ProbeCallback(Callback):
         self.classifier.train()
         self.accuracy = (predicted == y)[y >= 0].float().mean().item()
 
-# %% ../nbs/09_callback.ipynb #5f763455
-class KNNCallback(Callback):
+# %% ../nbs/09_callback.ipynb #25fef0d1
+class KNNCallback(_Measurement):
     "k-NN accuracy of clean validation images; column `knn` of the table."
     order = 30
 
@@ -184,9 +183,6 @@ class KNNCallback(Callback):
         temperature: float = 0.1,  # Of the vote
     ):
         self.k, self.temperature, self.accuracy = k, temperature, None
-
-    def before_fit(self):
-        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
 
     def after_validate(self):
         sets = self.represent.bank, self.represent.valid

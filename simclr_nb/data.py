@@ -7,7 +7,7 @@ __all__ = ['IMAGE_SUFFIXES', 'NAMED_SOURCES', 'read_image', 'find_images', 'chec
            'ArrayLoader', 'central_square', 'CleanFiles', 'ImageFiles', 'Source', 'folder_source', 'digits_source',
            'cifar10_source', 'find_source', 'SimCLRDataLoaders', 'simclr_dls', 'clean_loader', 'label_subset']
 
-# %% ../nbs/02_data.ipynb #129f88c5
+# %% ../nbs/02_data.ipynb #a0d50573
 import os
 import random
 import warnings
@@ -31,7 +31,8 @@ from fastai.data.external import URLs, untar_data
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
 
-from .augment import Policy, RandomResizedCrop, create_policy, crop_resize
+from .augment import Policy, create_policy
+from .crop import RandomResizedCrop, crop_resize
 from .show import image_grid
 
 # %% ../nbs/02_data.ipynb #3c453283
@@ -387,16 +388,19 @@ def simclr_dls(
     kwargs = dict(policy=policy, classes=source.classes, info=info, device=device)
     return SimCLRDataLoaders(train, valid, **kwargs)
 
-# %% ../nbs/02_data.ipynb #26ce35f0
+# %% ../nbs/02_data.ipynb #469e4668
 def clean_loader(
     dls: DataLoaders,  # From `simclr_dls`, or any fastai `DataLoaders` of images
     i: int = 1,  # 0: training set, 1: validation set
     bs: int | None = None,  # Batch size; that of `dls` by default
+    n: int | None = None,  # Only the first images (balanced in ours); all by default
 ) -> DataLoader:  # Batches `(x, y)`, each image once, in order
     "Loader without augmentation, shuffling or dropped images."
     dataset = dls[i].dataset
     if isinstance(dls, SimCLRDataLoaders): dataset = dataset.clean(dls.policy.size)
-    return dls.valid.new(dataset, shuffle=False, drop_last=False, bs=bs or dls.train.bs)
+    loader = dls.valid.new(dataset, shuffle=False, drop_last=False, bs=bs or dls.train.bs)
+    loader.n = min(n or loader.n, loader.n)
+    return loader
 
 # %% ../nbs/02_data.ipynb #b7fb5fcb
 def label_subset(

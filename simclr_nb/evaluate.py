@@ -124,14 +124,14 @@ def encoder_features(
                 images_per_second=round((len(train[0]) + len(test[0])) / seconds), **card)
     return Features(*train, *test, card)
 
-# %% ../nbs/11_evaluate.ipynb #d5be2490
+# %% ../nbs/11_evaluate.ipynb #7199adc9
 def pixel_features(
     dls: SimCLRDataLoaders,  # The validation set is the test set
 ) -> Features:
-    "Raw pixels, at most 32 x 32, as features: the baseline that has learned nothing."
+    "Raw pixels, at most 16 x 16, as features: the baseline that has learned nothing."
     batches = [list(clean_loader(dls, i)) for i in (0, 1)]
     (h_train, y_train), (h_test, y_test) = (map(torch.cat, zip(*b, strict=True)) for b in batches)
-    side = min(h_train.shape[-1], 32)
+    side = min(h_train.shape[-1], 16)
     pooled = [F.adaptive_avg_pool2d(h.cpu().float() / 255, side) for h in (h_train, h_test)]
     h_train, h_test = (h.flatten(1) for h in pooled)
     card = dict(encoder="pixels", feature=f"pixels, {side} x {side}", data=dls.info)

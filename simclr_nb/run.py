@@ -167,15 +167,14 @@ def _lines(title: str, content) -> str:
     text = "\n".join(f"{k}: {v}" for k, v in shown.items())
     return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
 
-# %% ../nbs/11b_run.ipynb #54a4abc0
+# %% ../nbs/11b_run.ipynb #4971efa5
 def _figures(
     learn: SimCLRLearner,  # After pretraining
     untrained: torch.nn.Module,  # The same encoder at random initialisation
     views: Tensor,  # Two views of some images
 ) -> dict[str, str]:  # Caption to HTML image
     "Figures of a report."
-    loader = clean_loader(learn.dls, 1)
-    loader.n = min(1000, len(loader.dataset))
+    loader = clean_loader(learn.dls, 1, n=1000)
     encoders = dict(random=untrained, pretrained=learn.model.encoder)
     hs = {}
     for name, encoder in encoders.items(): hs[name], y = represent(encoder, loader)
