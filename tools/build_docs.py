@@ -70,6 +70,8 @@ def processed(path: Path):
     for cell in nb.cells:
         if cell.cell_type == "markdown": cell.source = renumbered(cell.source)
         if cell.cell_type == "raw": cell.source = re.sub(r"(?m)^output-file: .*\n", "", cell.source)
+        for out in cell.get("outputs", []):  # a terminal goes back to the start of the line at \r
+            if "text" in out: out["text"] = re.sub(r"[^\n]*\r", "", "".join(out["text"]))
     return nb
 
 
