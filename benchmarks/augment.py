@@ -3,29 +3,21 @@
 Both make the views of the CIFAR-10 policy from the same images, in turns, in one run.
 """
 import argparse
-import json
-import os
-import platform
-import re
 import time
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image
 
-import simclr_nb
+from common import machine, rate, spread, steady, versions, write
 from simclr_nb.augment import TwoViews
 from simclr_nb.data import ImageArrays, SimCLRDataLoaders, Source, simclr_dls
 
-HERE = Path(__file__).resolve().parent
-MARKS = "<!-- augment -->\n", "<!-- /augment -->"  # around the table in README.md
 SIZE = 32
-STEADY = 1.5  # fastest over slowest pass; beyond it something else was running
 LIGHTLY = dict(  # as simclr_nb.augment.cifar_policy
     input_size=SIZE, cj_prob=0.8, cj_strength=0.5, cj_bright=0.8, cj_contrast=0.8, cj_sat=0.8,
     cj_hue=0.2, min_scale=0.08, random_gray_scale=0.2, hf_prob=0.5, gaussian_blur=0.0,
@@ -70,19 +62,8 @@ def epoch(batches, n: int, device: str) -> dict:
 
 def summary(runs: list[dict]) -> dict:
     "Speeds, with median and range; statistics of the pixels, which agree if the work is the same."
-    speeds = [run["speed"] for run in runs]
     pixels = {k: round(mean(run[k] for run in runs), 3) for k in ("mean", "std")}
-    return dict(median=median(speeds), min=min(speeds), max=max(speeds), runs=speeds, pixels=pixels)
-
-
-def rate(work, amount: int, repeats: int = 10) -> float:
-    "Amount per second in the fastest of some runs."
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return amount / min(times)
+    return dict(**spread([run["speed"] for run in runs]), pixels=pixels)
 
 
 def limit() -> dict:
@@ -98,17 +79,6 @@ def limit() -> dict:
     return dict(copy_gb_per_s=round(copy / 1e9, 2), product_gflop_per_s=round(product / 1e9, 1),
                 bytes_per_image=n_bytes, flop_per_image=n_flop,
                 images_per_s=round(min(copy / n_bytes, product / n_flop)))
-
-
-def machine() -> dict:
-    "Processor, cores open to this process, how busy it is, accelerator."
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    affinity = getattr(os, "sched_getaffinity", None)
-    return dict(cpu=model[1].strip() if model else platform.processor(), system=platform.system(),
-                cores=len(affinity(0)) if affinity else os.cpu_count(),
-                load_before=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
 
 def time_both(args: argparse.Namespace) -> dict:
@@ -135,17 +105,14 @@ def measure(args: argparse.Namespace) -> dict:
     card = time_both(args)
     ours, theirs, roof = card["ours"], card["lightly"], limit()
     share = round(ours["median"] / roof["images_per_s"], 4) if args.device == "cpu" else None
-    packages = {name: version(name) for name in ("torch", "torchvision", "lightly", "pillow")}
     return dict(
         benchmark="two augmented views of an image at 32 px, images/s",
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        versions=dict(
-            simclr_nb=simclr_nb.__version__, **packages, python=platform.python_version()),
+        versions=versions("torch", "torchvision", "lightly", "pillow"),
         hardware=hardware, settings=dict(vars(args), seed=0), lightly_settings=LIGHTLY,
         differences=DIFFERENCES, **card, ratio=round(ours["median"] / theirs["median"], 2),
         ratio_worst=round(ours["min"] / theirs["max"], 2), limit=roof, share_of_limit=share,
-        steady=all(speed["max"] <= STEADY * speed["min"] for speed in (ours, theirs)),
-        seconds=round(time.perf_counter() - start))
+        steady=steady(ours, theirs), seconds=round(time.perf_counter() - start))
 
 
 def table(card: dict) -> str:
@@ -172,18 +139,6 @@ def table(card: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(card: dict, output: Path | None) -> None:
-    "The card as JSON; without a path of its own, in the table of README.md too."
-    path = output or HERE / "results/augment.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    if output: return
-    readme = HERE / "README.md"
-    before, after = readme.read_text(encoding="utf-8").split(MARKS[0])
-    text = before + MARKS[0] + table(card) + MARKS[1] + after.split(MARKS[1])[1]
-    readme.write_text(text, encoding="utf-8")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", choices=["cifar10", "random"], default="cifar10", help="images")
@@ -201,7 +156,7 @@ def main():
         parser.error("counts start at 1")
     output = vars(args).pop("output")
     card = measure(args)
-    write(card, output)
+    write("augment", card, table(card), output)
     print(table(card))
 
 

@@ -99,18 +99,19 @@ class ScheduleCallback(Callback):
             lr = warmup_cosine(self.train_iter, self.peak_lr, self.warmup_steps, self.total_steps)
             self.opt.set_hyper("lr", lr)
 
-# %% ../nbs/09_callback.ipynb #4d89794c
+# %% ../nbs/09_callback.ipynb #b5b946d0
 class FiniteLossCallback(Callback):
     "Stop a diverged run with an error that says what to try."
 
     def before_fit(self): self.run = not hasattr(self.learn, "lr_finder")
+    def after_pred(self): self._check(self.pred.z, "projections are")
+    def after_loss(self): self._check(self.loss, "loss is")
 
-    def after_loss(self):
-        if self.training and not torch.isfinite(self.loss):
-            lr = self.opt.hypers[-1]["lr"]
-            place = f"epoch {self.epoch}, step {self.iter}, learning rate {lr:.3g}"
-            found = f"the loss is {self.loss.item()} at {place}"
-            raise FloatingPointError(f"{found}: lower the learning rate")
+    def _check(self, values: Tensor, what: str):
+        if not self.training or torch.isfinite(values).all(): return
+        lr = self.opt.hypers[-1]["lr"]
+        place = f"epoch {self.epoch}, step {self.iter}, learning rate {lr:.3g}"
+        raise FloatingPointError(f"the {what} not finite at {place}: lower the learning rate")
 
 # %% ../nbs/09_callback.ipynb #a740a792
 class _Measurement(Callback):

@@ -297,12 +297,18 @@ def find_source(
         raise FileNotFoundError(f"no such folder or data set: {str(data)!r}; {named}")
     return folder_source(data)
 
-# %% ../nbs/02_data.ipynb #557ea77d
+# %% ../nbs/02_data.ipynb #b76841d2
 class SimCLRDataLoaders(DataLoaders):
     "fastai `DataLoaders` that know their policy, classes and origin."
 
-    def __init__(self, *loaders, policy: Policy, classes: Sequence[str] = (),
-                 info: dict | None = None, **kwargs):
+    def __init__(
+        self,
+        *loaders,  # Training and validation loader
+        policy: Policy,  # Draws the views
+        classes: Sequence[str] = (),  # Names in label order; empty without labels
+        info: dict | None = None,  # What is known of the data, for result cards
+        **kwargs,  # For fastai's `DataLoaders`
+    ):
         super().__init__(*loaders, **kwargs)
         self.policy, self.classes, self.info = policy, list(classes), info or {}
 

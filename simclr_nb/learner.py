@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['BASE_LR', 'CURVES', 'contrastive_top1', 'SimCLRLearner', 'simclr_learner']
 
-# %% ../nbs/10_learner.ipynb #7165bbbd
+# %% ../nbs/10_learner.ipynb #d60ccdb5
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .alternatives import LOSSES, ContrastiveLoss
 from .augment import Policy, TwoViews, create_policy
 from simclr_nb.callback import (
     FiniteLossCallback,
@@ -25,10 +26,16 @@ from simclr_nb.callback import (
     callback_metric,
 )
 from .data import SimCLRDataLoaders
-from .encoder import create_encoder, encoder_stem, load_encoder, save_encoder
+from simclr_nb.encoder import (
+    adapt_encoder,
+    create_encoder,
+    encoder_stem,
+    load_encoder,
+    save_encoder,
+)
 from .head import Projection, SimCLR, projection_head
 from .loss import NTXent, contrastive_accuracy
-from .optim import LARS, scale_lr
+from .optim import OPTIMIZERS, create_optimizer, scale_lr
 from .show import plot_history, view_pairs
 from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
@@ -53,7 +60,7 @@ def contrastive_top1(
     "Share of first views whose own second view is the most similar of all; a column of the table."
     return contrastive_accuracy(out.z)
 
-# %% ../nbs/10_learner.ipynb #0f4fecde
+# %% ../nbs/10_learner.ipynb #3b9ee9ed
 class SimCLRLearner(Learner):
     "fastai `Learner` that pretrains an encoder by contrasting views; made by `simclr_learner`."
 
@@ -100,7 +107,8 @@ class SimCLRLearner(Learner):
     def save_encoder(self, path: str | Path, **metadata) -> Path:
         "Save the encoder alone, as safetensors with all that is needed to rebuild it."
         policy = self.views.two_views.policy
-        about = dict(policy=repr(policy), size=policy.size, temperature=self.loss_func.temperature)
+        temperature = getattr(self.loss_func, "temperature", None)
+        about = dict(policy=repr(policy), size=policy.size, temperature=temperature)
         return save_encoder(self.model.encoder, path, **about | metadata)
 
     def load_encoder(self, path: str | Path) -> "SimCLRLearner":
@@ -132,23 +140,36 @@ def _policy(dls: DataLoaders) -> Policy:
     size = dls.valid.one_batch()[0].shape[-1]
     return create_policy("cifar" if size <= 64 else "paper", size)
 
-# %% ../nbs/10_learner.ipynb #ac9c2ca0
+# %% ../nbs/10_learner.ipynb #6a83f6ca
 def _encoder(arch: str | nn.Module, width: float, size: int, stem: str, **kwargs) -> nn.Module:
-    "Encoder by name, or a module that was built elsewhere."
+    "Encoder by name, or any module, of which the adapter finds h."
     if isinstance(arch, nn.Module):
-        if hasattr(arch, "out_dim"): return arch
-        raise ValueError("an encoder module needs out_dim, the width of its output")
+        return arch if hasattr(arch, "out_dim") else adapt_encoder(arch, size=size)
+    if "/" in arch: return create_encoder(arch, size=size)  # of torchvision or timm
     return create_encoder(arch, width, encoder_stem(size) if stem == "auto" else stem, **kwargs)
 
-# %% ../nbs/10_learner.ipynb #44a71504
+# %% ../nbs/10_learner.ipynb #f1fceed9
+def _loss(loss: str | nn.Module, temperature: float) -> nn.Module:
+    "Loss by name, or a module as it is."
+    if isinstance(loss, nn.Module): return loss
+    if loss == "nt_xent": return NTXent(temperature)
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}: choose from {', '.join(LOSSES)}")
+    options = {} if loss == "margin_triplet" else dict(temperature=temperature)
+    return ContrastiveLoss(loss, **options)
+
+# %% ../nbs/10_learner.ipynb #b7851d47
 def simclr_learner(
     dls: DataLoaders,  # From `simclr_dls`, or any fastai `DataLoaders` of images in [0, 1]
-    arch: str | nn.Module = "resnet18",  # Name of an encoder, or a module with `out_dim`
+    arch: str | nn.Module = "resnet18",  # Name, "torchvision/...", "timm/...", or a module
     width: float = 1.0,  # Multiplies the channels of the encoder
     temperature: float = 0.5,  # Of the loss; the paper: 0.1 on ImageNet, 0.5 on CIFAR-10
     stem: str = "auto",  # "cifar" (3x3, no pooling), "imagenet", or by the size of the views
     zero_init_last: bool = True,  # Residual blocks start as the identity, as officially
     policy: Policy | None = None,  # Augmentation; that of `dls` by default
+    second_policy: Policy | None = None,  # That of second views; the same by default
+    loss: str | nn.Module = "nt_xent",  # A name of `LOSSES`, or a module
+    optimizer: str = "lars",  # A name of `OPTIMIZERS`
     out_dim: int = 128,  # Width of the projection z
     hidden_layers: int = 1,  # Hidden layers of the projection head; 0: linear
     batch_norm: bool = False,  # BatchNorm in the head, as in the official code
@@ -156,6 +177,8 @@ def simclr_learner(
     **kwargs,  # For fastai's `Learner`: `opt_func`, `cbs`, `path`, ...
 ) -> SimCLRLearner:
     "Learner that pretrains by SimCLR (Algorithm 1); raises `ValueError` for bad names and values."
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {optimizer!r}: choose from {', '.join(OPTIMIZERS)}")
     policy = policy or _policy(dls)
     ours = isinstance(dls, SimCLRDataLoaders)
     if ours and not dls.info["in_memory"] and policy.size != dls.policy.size:
@@ -163,13 +186,14 @@ def simclr_learner(
     encoder = _encoder(arch, width, policy.size, stem, zero_init_last=zero_init_last)
     head = projection_head(encoder.out_dim, out_dim, hidden_layers, batch_norm=batch_norm)
     model = SimCLR(encoder, head).to(device=dls.device, memory_format=torch.channels_last)
-    cbs, metrics = [ViewsCallback(TwoViews(policy)), FiniteLossCallback()], [contrastive_top1]
+    views = ViewsCallback(TwoViews(policy, second_policy))
+    cbs, metrics = [views, FiniteLossCallback()], [contrastive_top1]
     n_classes = len(dls.classes if ours else getattr(dls, "vocab", ()))
     if n_classes > 1:
         probe, knn = ProbeCallback(n_classes), KNNCallback()
         cbs += [RepresentCallback(), probe, knn]
         metrics += [callback_metric(probe, "probe"), callback_metric(knn, "knn")]
-    kwargs.setdefault("opt_func", partial(OptimWrapper, opt=LARS))
+    kwargs.setdefault("opt_func", partial(OptimWrapper, opt=partial(create_optimizer, optimizer)))
     for name, own in dict(cbs=cbs, metrics=metrics).items():
         kwargs[name] = L(own) + L(kwargs.get(name))
-    return SimCLRLearner(dls, model, NTXent(temperature), **kwargs).to_precision(precision)
+    return SimCLRLearner(dls, model, _loss(loss, temperature), **kwargs).to_precision(precision)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunConfig', 'compare_with_baselines', 'report_html', 'Run', 'run_pretraining']
 
-# %% ../nbs/11b_run.ipynb #41ec040e
+# %% ../nbs/11b_run.ipynb #a6bb3932
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -21,9 +21,7 @@ from .data import SimCLRDataLoaders, clean_loader, simclr_dls
 from .diagnose import covariance_spectrum, represent, tsne
 from .encoder import create_encoder, write_atomic
 from simclr_nb.evaluate import (
-    Result,
     encoder_features,
-    environment,
     knn_accuracy,
     logistic_accuracy,
     pixel_features,
@@ -32,6 +30,7 @@ from simclr_nb.evaluate import (
 from .learner import BASE_LR, SimCLRLearner, simclr_learner
 from .loss import NTXent
 from .optim import scale_lr
+from .result import Result, environment
 from .show import figure_html, plot_embeddings, plot_spectra, view_pairs
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
@@ -247,10 +246,10 @@ def _evaluate(learn: SimCLRLearner, untrained: torch.nn.Module, settings: dict) 
     encoders = dict(random=untrained, pretrained=learn.model.encoder)
     return compare_with_baselines(encoders, learn.dls, cards=cards)
 
-# %% ../nbs/11b_run.ipynb #7d7c8386
+# %% ../nbs/11b_run.ipynb #ce730a56
 def _write_results(folder: Path, data: str, figures: dict, results: dict, settings: dict) -> None:
     "Write `results.json` and the report."
-    cards = {p: {n: asdict(r) for n, r in column.items()} for p, column in results.items()}
+    cards = {p: {n: r.to_dict() for n, r in column.items()} for p, column in results.items()}
     write_atomic(folder / "results.json", json.dumps(cards, indent=2).encode())
     page = report_html(f"SimCLR on {data}", figures, results, settings)
     write_atomic(folder / "report.html", page.encode())

@@ -11,7 +11,7 @@ from statistics import median
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
+SCRIPTS = sorted(set(BENCHMARKS.glob("*.py")) - {BENCHMARKS / "common.py"})
 README = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
 PINS = dict(re.findall(r"^([\w-]+)==(\S+)$", (BENCHMARKS / "requirements.txt").read_text(), re.M))
 
@@ -20,8 +20,17 @@ def read(name: str) -> dict:
     return json.loads((BENCHMARKS / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def idle(card: dict) -> bool:
+    hardware = card["hardware"]
+    return card["steady"] and hardware["load_before"] < hardware["cores"] / 2
+
+
 @pytest.fixture(scope="module")
 def card() -> dict: return read("augment")
+
+
+@pytest.fixture(scope="module")
+def loss() -> dict: return read("loss")
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
@@ -62,11 +71,52 @@ def test_augment_card_agrees_with_itself(card):
 
 
 def test_augment_is_five_times_as_fast(card):
-    hardware = card["hardware"]
-    assert card["steady"] and hardware["load_before"] < hardware["cores"] / 2, "a busy machine"
+    assert idle(card), "a busy machine"
     assert card["ratio"] >= 5
 
 
-def test_readme_shows_the_card(card):
-    table = runpy.run_path(str(BENCHMARKS / "augment.py"))["table"](card)
-    assert f"<!-- augment -->\n{table}<!-- /augment -->" in README
+LOSSES = {"ours", "dense", "in_place", "lightly", "pytorch_metric_learning"}
+
+
+def test_loss_card_is_complete(loss):
+    assert {"torch", "lightly", "pytorch-metric-learning", "simclr_nb", "python"} == set(
+        loss["versions"])
+    assert {k: loss["versions"][k] for k in PINS} == PINS
+    settings = "images small large dim repeats threads temperature device seed".split()
+    assert set(settings) == set(loss["settings"])
+    expected = dict(images=4096, small=128, large=32_768, dim=128, device="cpu", temperature=0.5)
+    assert expected.items() <= loss["settings"].items(), "not what acceptance asks for"
+    assert set(loss["small_losses"]) == LOSSES
+    assert set(loss["losses"]) == LOSSES - {"pytorch_metric_learning"}
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT[\d:]+\+00:00", loss["date"])
+    assert loss["agreement"]["tolerance"]["float64"] <= 1e-10
+
+
+def test_loss_card_agrees_with_itself(loss):
+    ours, roof = loss["losses"]["ours"], loss["limit"]
+    for spread in [*loss["losses"].values(), *loss["small_losses"].values()]:
+        runs = spread["runs"]
+        assert len(runs) == loss["settings"]["repeats"] >= 3
+        assert [spread[k] for k in ("median", "min", "max")] == [median(runs), min(runs), max(runs)]
+    for name, ratio in loss["ratios"].items():
+        other = loss["losses"][name]
+        assert ratio["time"] == round(other["median"] / ours["median"], 2)
+        assert ratio["time_worst"] == round(other["min"] / ours["max"], 2)
+        assert ratio["memory"] == round(other["peak_mib"] / ours["peak_mib"], 2)
+    assert roof["flop"] == 4 * (2 * loss["settings"]["images"])**2 * loss["settings"]["dim"]
+    assert loss["share_of_limit"] == round(roof["seconds"] / ours["median"], 3) <= 1
+
+
+def test_tiled_loss_is_fast_and_small(loss):
+    assert idle(loss), "a busy machine"
+    lightly, in_place = loss["ratios"]["lightly"], loss["ratios"]["in_place"]
+    assert lightly["time"] >= 6 and lightly["memory"] >= 12
+    assert in_place["time"] >= 3
+    assert loss["large"]["images"] == 32_768 and loss["large"]["peak_mib"] <= 1024
+
+
+@pytest.mark.parametrize("name", [path.stem for path in SCRIPTS])
+def test_readme_shows_the_card(name, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    table = runpy.run_path(str(BENCHMARKS / f"{name}.py"))["table"](read(name))
+    assert f"<!-- {name} -->\n{table}<!-- /{name} -->" in README

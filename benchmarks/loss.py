@@ -1,0 +1,263 @@
+"""Seconds and memory of NT-Xent with its gradient: ours beside lightly and pytorch-metric-learning.
+
+All compute the same number from the same projections, in turns, in one run; the peak of memory is
+that of a process of its own. `--check` only compares their values and gradients.
+"""
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import machine, rate, spread, steady, versions, write
+from simclr_nb.loss import nt_xent, tiled_nt_xent
+
+MIB = 2**20
+LOSSES = "ours", "dense", "in_place", "lightly", "pytorch_metric_learning"
+CHECKED = dict(images=(2, 3, 17, 100), temperatures=(0.05, 0.1, 0.5, 1, 10))
+TOLERANCE = dict(float64=1e-10, float32=1e-5)  # of the value and, by its norm, of the gradient
+
+
+def in_place(z: Tensor, temperature: float) -> Tensor:
+    "The plain way with care for memory: one matrix, divided and masked where it lies."
+    z = F.normalize(z, dim=1)
+    logits = (z @ z.T).div_(temperature).fill_diagonal_(-math.inf)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z) // 2))
+
+
+def create(name: str, temperature: float) -> Callable[[Tensor], Tensor]:
+    "A loss of projections `(2N, D)`, by its name in `LOSSES`."
+    own = dict(ours=tiled_nt_xent, dense=nt_xent, in_place=in_place)
+    if name in own: return lambda z: own[name](z, temperature)
+    try:
+        if name == "lightly":
+            from lightly.loss import NTXentLoss
+            loss = NTXentLoss(temperature)
+        else:
+            from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
+            loss = SelfSupervisedLoss(NTXentLoss(temperature))
+    except ImportError as e:
+        raise SystemExit(f"{e}: pip install -r benchmarks/requirements.txt") from None
+    return lambda z: loss(*z.chunk(2))
+
+
+def triples_bytes(n: int) -> int:
+    "Smallest array of pytorch-metric-learning: a byte for each positive pair and negative pair."
+    return 2 * n * 2 * n * (2 * n - 2)
+
+
+def projections(n: int, args: argparse.Namespace, dtype=torch.float32) -> Tensor:
+    "Two noisy copies of n random directions."
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(n, args.dim, generator=generator, dtype=dtype).repeat(2, 1)
+    z = image + torch.randn(2 * n, args.dim, generator=generator, dtype=dtype)
+    return z.to(args.device).requires_grad_()
+
+
+def step(loss: Callable, z: Tensor) -> tuple[float, Tensor, Tensor]:
+    "Seconds of value and gradient together; both."
+    wait = torch.cuda.synchronize if z.is_cuda else lambda: None
+    wait()
+    start = time.perf_counter()
+    value = loss(z)
+    gradient, = torch.autograd.grad(value, z)
+    wait()
+    return time.perf_counter() - start, value.detach(), gradient
+
+
+def compare(names: list[str], n: int, temperature: float, args, dtype=torch.float64) -> str | None:
+    "The first of these losses that differs from the dense one, and by how much; None if none does."
+    z, limit = projections(n, args, dtype), TOLERANCE[str(dtype).removeprefix("torch.")]
+    _, *reference = step(create("dense", temperature), z)
+    for name in names:
+        _, *found = step(create(name, temperature), z)
+        error = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, reference))
+        if not error <= limit:
+            return f"{name} differs by {error:.1e}: {n} images, temperature {temperature}, {dtype}"
+    return None
+
+
+def check(args: argparse.Namespace) -> list[str]:
+    "Disagreements over all sizes and temperatures, in float64."
+    args = argparse.Namespace(dim=args.dim, device="cpu")
+    found = [compare(LOSSES, n, temperature, args)
+             for n in CHECKED["images"] for temperature in CHECKED["temperatures"]]
+    return [fault for fault in found if fault]
+
+
+def resident(field: str) -> int:
+    "`VmRSS`, the memory a process holds, or `VmHWM`, the most it held; `ru_maxrss` but for Linux."
+    status = Path("/proc/self/status")
+    if not status.exists(): return getrusage(RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    line, = (s for s in status.read_text().splitlines() if s.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def peak(name: str, n: int, args: argparse.Namespace) -> dict:
+    "Seconds, and the most memory in MiB above what was held before; for a fresh process."
+    loss, z = create(name, args.temperature), projections(n, args)
+    step(loss, projections(32, args))  # libraries allocate something at their first call
+    if z.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        seconds, *_ = step(loss, z)
+        return dict(seconds=seconds, peak_mib=(torch.cuda.max_memory_allocated() - before) / MIB)
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists(): clear.write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    seconds, *_ = step(loss, z)
+    return dict(seconds=seconds, peak_mib=(resident("VmHWM") - before) / MIB)
+
+
+def peak_of_process(name: str, n: int, args: argparse.Namespace) -> dict:
+    "What `peak` says in a process of its own."
+    options = [f"--{k}={getattr(args, k)}" for k in ("dim", "temperature", "threads", "device")]
+    command = [sys.executable, __file__, f"--peak={name}", f"--images={n}", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode: raise SystemExit(f"{name}, {n} images: {done.stderr.strip()[-300:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return dict(seconds=round(found["seconds"], 3), peak_mib=round(found["peak_mib"], 1))
+
+
+def times(names: list[str], n: int, args: argparse.Namespace) -> dict:
+    "Seconds of each loss, a step of one after a step of the others, after a round to warm up."
+    fault = compare(names, n, args.temperature, args, torch.float32)
+    if fault: raise SystemExit(fault)
+    z, runs = projections(n, args), {name: [] for name in names}
+    losses = {name: create(name, args.temperature) for name in names}
+    for _ in range(1 + args.repeats):
+        for name, loss in losses.items(): runs[name].append(round(step(loss, z)[0], 5))
+    return {name: spread(kept[1:]) for name, kept in runs.items()}
+
+
+def limit(n: int, args: argparse.Namespace) -> dict:
+    """Roof for this method: its matrix products alone, at the rate of a large one.
+
+    Half of the similarities forward and again backward, and both products with the weights. That is
+    twice 2 (2N)² D; powers and sums count for nothing here.
+    """
+    side = 1024 if args.device == "cpu" else 8192
+    a = torch.ones(side, side, device=args.device)
+    wait = torch.cuda.synchronize if a.is_cuda else lambda: None
+    product = rate(lambda: (a @ a, wait()), 2 * side**3)
+    flop = 2 * 2 * (2 * n)**2 * args.dim
+    return dict(product_gflop_per_s=round(product / 1e9, 1), flop=flop,
+                seconds=round(flop / product, 4))
+
+
+def losses_at(n: int, names: list[str], args: argparse.Namespace) -> dict:
+    "Times and peaks of each."
+    peaks = {name: peak_of_process(name, n, args)["peak_mib"] for name in names}
+    spreads = times(names, n, args)
+    return {name: dict(spreads[name], peak_mib=peaks[name]) for name in names}
+
+
+def ratios(losses: dict) -> dict:
+    "How many times the time, of medians and at worst, and the memory of ours each other needs."
+    ours = losses["ours"]
+    return {name: dict(
+        time=round(other["median"] / ours["median"], 2),
+        time_worst=round(other["min"] / ours["max"], 2),
+        memory=round(other["peak_mib"] / max(ours["peak_mib"], 0.1), 2))
+        for name, other in losses.items() if name != "ours"}
+
+
+def measure(args: argparse.Namespace) -> dict:
+    "The result card: what was measured, and all that is needed to judge and repeat it."
+    hardware, start = machine(), time.perf_counter()
+    if faults := check(args): raise SystemExit("\n".join(faults))
+    large = dict(images=args.large, **peak_of_process("ours", args.large, args))
+    few = [name for name in LOSSES if name != "pytorch_metric_learning"]
+    losses, small = losses_at(args.images, few, args), losses_at(args.small, LOSSES, args)
+    roof = limit(args.images, args)
+    settings = {k: v for k, v in vars(args).items() if k not in ("peak", "check", "output")}
+    return dict(
+        benchmark="NT-Xent with its gradient, seconds and MiB",
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=versions("torch", "lightly", "pytorch-metric-learning"),
+        hardware=hardware, settings=dict(settings, seed=0),
+        agreement=dict(CHECKED, tolerance=TOLERANCE), losses=losses, ratios=ratios(losses),
+        small_losses=small, large=large,
+        pytorch_metric_learning_gib=round(triples_bytes(args.images) / 2**30),
+        limit=roof, share_of_limit=round(roof["seconds"] / losses["ours"]["median"], 3),
+        steady=steady(*losses.values()), seconds=round(time.perf_counter() - start))
+
+
+def rows(losses: dict, card: dict) -> list[str]:
+    "Of the table, one for each loss."
+    v = card["versions"]
+    names = dict(ours="ours, tiled", dense="ours, dense", in_place="in-place `cross_entropy`",
+                 lightly=f"lightly {v['lightly']}",
+                 pytorch_metric_learning=f"pytorch-metric-learning {v['pytorch-metric-learning']}")
+    return [f"| {names[k]} | " + " | ".join(f"{1e3 * s[q]:,.1f}" for q in ("median", "min", "max"))
+            + f" | {s['peak_mib']:,.1f} |" for k, s in losses.items()]
+
+
+def table(card: dict) -> str:
+    "Markdown for people, from a card."
+    s, h, v, r, large = (card[k] for k in ("settings", "hardware", "versions", "ratios", "large"))
+    roof, head = card["limit"], "median ms | lowest | highest | peak MiB |\n|---|---:|---:|---:|---:|"
+    lines = [
+        f"| {s['images']:,} images | {head}", *rows(card["losses"], card), "",
+        f"| {s['small']:,} images | {head}", *rows(card["small_losses"], card), "",
+        f"Against lightly: **{r['lightly']['time']}** times as fast with "
+        f"**{r['lightly']['memory']}** times less memory; against in-place `cross_entropy`: "
+        f"**{r['in_place']['time']}** and {r['in_place']['memory']} times. Our slowest run to their "
+        f"fastest: {r['lightly']['time_worst']} and {r['in_place']['time_worst']}.",
+        f"{large['images']:,} images, ours: {large['seconds']:.1f} s, {large['peak_mib']:,.0f} MiB. "
+        f"pytorch-metric-learning would ask for {card['pytorch_metric_learning_gib']:,} GiB at "
+        f"{s['images']:,} images.",
+        f"D = {s['dim']}, temperature {s['temperature']}, float32, {s['repeats']} runs of each. "
+        f"{s['device']}, threads: {s['threads']}. {h['cpu']}, cores: {h['cores']}, load before the "
+        f"run: {h['load_before']}, GPU: {h['gpu'] or 'none'}. torch {v['torch']}, "
+        f"{card['date'][:10]}.",
+        f"Roof: {1e3 * roof['seconds']:,.0f} ms for {roof['flop'] / 1e9:,.1f} GFLOP of products at "
+        f"{roof['product_gflop_per_s']} GFLOP/s; ours reach {card['share_of_limit']:.0%} of it."]
+    if not card["steady"]: lines.append("**Disturbed: runs differ too much. Repeat it.**")
+    return "\n".join(lines) + "\n"
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    counts = dict(images=(4096, "in a batch, for all but pytorch-metric-learning"),
+                  small=(128, "in a batch, for all"), large=(32_768, "in a batch, for ours alone"),
+                  dim=(128, "width of the projections"), repeats=(9, "timed runs of each"),
+                  threads=(machine()["cores"], "of torch"))
+    for name, (default, text) in counts.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    parser.add_argument("--temperature", type=float, default=0.5, help="of the softmax (0.5)")
+    parser.add_argument("--device", default="cpu", help="where the projections are (cpu)")
+    parser.add_argument("--check", action="store_true",
+                        help="time nothing; exit with 1 if two of the losses disagree")
+    parser.add_argument("--peak", choices=LOSSES, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path,
+                        help="write the card here, and leave results/ and README.md alone")
+    return parser
+
+
+def main():
+    parser = options()
+    args = parser.parse_args()
+    if min(args.images, args.small, args.large) < 2 or min(args.repeats, args.threads) < 1:
+        parser.error("2 images or more, and other counts start at 1")
+    torch.set_num_threads(args.threads)
+    if args.peak: return print(json.dumps(peak(args.peak, args.images, args)))
+    if args.check:
+        faults = check(args)
+        print("\n".join(faults) or "all agree")
+        sys.exit(bool(faults))
+    card = measure(args)
+    write("loss", card, table(card), args.output)
+    print(table(card))
+
+
+if __name__ == "__main__": main()
