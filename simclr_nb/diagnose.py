@@ -53,26 +53,50 @@ def represent(
             ys.append(y.cpu())
     return torch.cat(hs), torch.cat(ys)
 
-# %% ../nbs/08_diagnose.ipynb #7e16e4df
+# %% ../nbs/08_diagnose.ipynb #fc0eba3c
+def _nearest(
+    bank: Tensor,  # Representations to search, `(M, D)`
+    h: Tensor,  # Queries, `(N, D)`
+    k: int,  # Neighbours of each, at most M
+    tile: int,  # Rows of the bank at a time
+    chunk: int,  # Queries at a time
+) -> tuple[Tensor, Tensor]:  # Cosine similarities, highest first, and rows of the bank, `(N, k)`
+    "Most similar rows of a bank, in memory that does not grow with it."
+    h = F.normalize(h, dim=1)
+    sims, rows = h.new_empty(len(h), 0), torch.empty(len(h), 0, dtype=torch.int64, device=h.device)
+    for start in range(0, len(bank), tile):
+        part = F.normalize(bank[start : start + tile], dim=1)
+        best = [(x @ part.T).topk(min(k, len(part)), dim=1) for x in h.split(chunk)]
+        sim, near = (torch.cat(found) for found in zip(*best))
+        sims, rows = torch.cat([sims, sim], 1), torch.cat([rows, near + start], 1)
+        if start:
+            sims, order = sims.topk(min(k, sims.shape[1]), dim=1)
+            rows = rows.gather(1, order)
+    return sims, rows
+
+# %% ../nbs/08_diagnose.ipynb #ea4fa5d9
 def knn_predict(
     h_train: Tensor,  # Representations with known class, `(M, D)`
     y_train: Tensor,  # Their classes, `(M,)`, integers from 0
     h: Tensor,  # Representations to classify, `(N, D)`
     k: int = 20,  # Neighbours that vote; at most M
-    temperature: float = 0.1,  # Of the vote, > 0; large: every neighbour counts the same
-    chunk: int = 1024,  # Rows of `h` at a time; memory grows with `chunk * M`
+    temperature: float = 0.1,  # Of the exponential weights, > 0
+    weighting: str = "exponential",  # Of the votes, or "majority"; equal votes: the lower class
+    tile: int = 65_536,  # Rows of the bank at a time
+    chunk: int = 512,  # Rows of `h` at a time; memory grows with `tile * (chunk + D)`
 ) -> Tensor:  # Predicted classes, `(N,)`
-    "Weighted k-NN vote by cosine similarity (Wu et al. 2018); raises `ValueError` for a k < 1."
+    "Vote of the k nearest by cosine similarity (Wu et al. 2018); raises `ValueError`."
     if k < 1: raise ValueError(f"k must be at least 1, got {k}")
     if temperature <= 0: raise ValueError(f"temperature must be positive, got {temperature}")
-    bank, n_classes = F.normalize(h_train, dim=1), int(y_train.max()) + 1
-    votes = []
-    for rows in h.split(chunk):
-        sim, nearest = (F.normalize(rows, dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
-        weights = ((sim - 1) / temperature).exp()
-        empty = weights.new_zeros(len(rows), n_classes)
-        votes.append(empty.scatter_add_(1, y_train[nearest], weights))
-    return torch.cat(votes).argmax(1)
+    if weighting not in ("exponential", "majority"):
+        raise ValueError(f"weighting must be 'exponential' or 'majority', got {weighting!r}")
+    if len(h_train) != len(y_train) or not len(y_train):
+        raise ValueError(f"expected a class for each of {len(h_train)} rows, got {len(y_train)}")
+    sims, rows = _nearest(h_train, h, min(k, len(h_train)), tile, chunk)
+    majority = weighting == "majority"
+    weights = torch.ones_like(sims) if majority else ((sims - sims[:, :1]) / temperature).exp()
+    empty = weights.new_zeros(len(h), int(y_train.max()) + 1)
+    return empty.scatter_add_(1, y_train[rows], weights).argmax(1)
 
 # %% ../nbs/08_diagnose.ipynb #d07d3e59
 def nearest_neighbours(

@@ -120,3 +120,16 @@ def test_readme_shows_the_card(name, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     table = runpy.run_path(str(BENCHMARKS / f"{name}.py"))["table"](read(name))
     assert f"<!-- {name} -->\n{table}<!-- /{name} -->" in README
+
+
+def test_knn_is_not_slower_and_bounded():
+    card = read("knn")
+    assert idle(card), "a busy machine"
+    assert card["versions"]["lightly"] == PINS["lightly"] and card["agreement"] >= 0.999
+    for name in ("ours", "lightly"):
+        runs = card[name]["runs"]
+        assert len(runs) == card["settings"]["repeats"] >= 3 and median(runs) == card[name]["median"]
+    assert card["ratio"] == round(card["lightly"]["median"] / card["ours"]["median"], 2) >= 1
+    large, settings = card["large"], card["settings"]
+    assert large["bank"] == 1_000_000 and large["peak_mib"] < 1024
+    assert large["peak_mib"] < 0.2 * 4 * large["bank"] * settings["queries"] / 2**20  # of one matrix

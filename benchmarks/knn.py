@@ -1,0 +1,150 @@
+"""Seconds and memory of an exact k-NN vote: ours, tile by tile, beside lightly's.
+
+The same random vectors, of any length, in turns, in one run; all predictions must agree. The peak of
+memory is that of a process of its own, also for a bank that lightly's matrix would not suit.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import machine, rate, spread, steady, versions, write
+from simclr_nb.diagnose import knn_predict
+
+MIB, CLASSES, TEMPERATURE = 2**20, 10, 0.1
+
+
+def data(bank: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    "Bank `(bank, dim)`, its classes, and queries `(queries, dim)`."
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(bank + args.queries, args.dim, generator=generator)
+    y = torch.randint(CLASSES, (bank,), generator=generator)
+    return h[:bank], y, h[bank:]
+
+
+def ours(bank: Tensor, y: Tensor, h: Tensor, k: int) -> Tensor:
+    return knn_predict(bank, y, h, k, TEMPERATURE)
+
+
+def lightly(bank: Tensor, y: Tensor, h: Tensor, k: int) -> Tensor:
+    try: from lightly.utils.benchmarking import knn_predict as peer
+    except ImportError as e:
+        raise SystemExit(f"{e}: pip install -r benchmarks/requirements.txt") from None
+    h, bank = F.normalize(h, dim=1), F.normalize(bank, dim=1)  # as its documentation recommends
+    return peer(h, bank.T, y, CLASSES, k, TEMPERATURE)[:, 0]
+
+
+VOTES = dict(ours=ours, lightly=lightly)
+
+
+def peak(name: str, bank: int, args: argparse.Namespace) -> dict:
+    "Seconds, and the most memory in MiB above what was held before; for a fresh process."
+    x = data(bank, args)
+    unit = 1 if sys.platform == "darwin" else 1024
+    VOTES[name](x[0][:500], x[1][:500], x[2][:8], min(args.k, 500))  # a first call allocates
+    clear, before = Path("/proc/self/clear_refs"), getrusage(RUSAGE_SELF).ru_maxrss * unit
+    held = lambda field: 1024 * int(next(
+        s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(field)).split()[1])
+    if clear.exists():
+        clear.write_text("5")
+        before = held("VmRSS")
+    start = time.perf_counter()
+    VOTES[name](*x, args.k)
+    seconds = time.perf_counter() - start
+    most = held("VmHWM") if clear.exists() else getrusage(RUSAGE_SELF).ru_maxrss * unit
+    return dict(seconds=round(seconds, 2), peak_mib=round((most - before) / MIB, 1))
+
+
+def peak_of_process(name: str, bank: int, args: argparse.Namespace) -> dict:
+    "What `peak` says in a process of its own."
+    options = [f"--{k}={getattr(args, k)}" for k in ("queries", "dim", "k", "threads")]
+    command = [sys.executable, __file__, f"--peak={name}", f"--bank={bank}", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode: raise SystemExit(f"{name}, bank of {bank}: {done.stderr.strip()[-300:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(args: argparse.Namespace) -> dict:
+    "The result card: what was measured, and all that is needed to judge and repeat it."
+    hardware, x = machine(), data(args.bank, args)
+    predicted = {name: vote(*x, args.k) for name, vote in VOTES.items()}
+    agree = (predicted["ours"] == predicted["lightly"]).float().mean().item()
+    if agree < 0.999: raise SystemExit(f"only {agree:.2%} of the predictions agree")
+    runs = {name: [] for name in VOTES}
+    for _ in range(args.repeats):
+        for name, vote in VOTES.items():
+            start = time.perf_counter()
+            vote(*x, args.k)
+            runs[name].append(round(time.perf_counter() - start, 4))
+    found = {name: spread(kept) for name, kept in runs.items()}
+    for name in VOTES: found[name]["peak_mib"] = peak_of_process(name, args.bank, args)["peak_mib"]
+    flop, side = 2 * args.bank * args.queries * args.dim, 1024
+    a = torch.ones(side, side)
+    product = rate(lambda: a @ a, 2 * side**3)
+    settings = {k: v for k, v in vars(args).items() if k not in ("peak", "output")}
+    return dict(
+        benchmark="exact k-NN vote, seconds and MiB",
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=versions("torch", "lightly"), hardware=hardware,
+        settings=dict(settings, temperature=TEMPERATURE, classes=CLASSES, device="cpu", seed=0),
+        agreement=agree, **found, ratio=round(found["lightly"]["median"] / found["ours"]["median"], 2),
+        large=dict(bank=args.large, **peak_of_process("ours", args.large, args)),
+        limit=dict(product_gflop_per_s=round(product / 1e9, 1), seconds=round(flop / product, 3)),
+        share_of_limit=round(flop / product / found["ours"]["median"], 3),
+        steady=steady(*found.values()))
+
+
+def table(card: dict) -> str:
+    "Markdown for people, from a card."
+    s, h, v, large, roof = (card[k] for k in ("settings", "hardware", "versions", "large", "limit"))
+    names = dict(ours="ours, tiled", lightly=f"lightly {v['lightly']}")
+    lines = ["| | median s | lowest | highest | peak MiB |", "|---|---:|---:|---:|---:|"]
+    lines += [f"| {text} | " + " | ".join(f"{card[name][q]:.2f}" for q in ("median", "min", "max"))
+              + f" | {card[name]['peak_mib']:,.0f} |" for name, text in names.items()]
+    lines += [
+        "", f"**{card['ratio']}** times as fast as lightly; {card['agreement']:.2%} of the predictions "
+        f"agree. A bank of {large['bank']:,}: {large['seconds']:.1f} s, {large['peak_mib']:,.0f} MiB.",
+        f"Bank {s['bank']:,}, queries {s['queries']:,}, D = {s['dim']}, k = {s['k']}, float32, "
+        f"{s['repeats']} runs of each. CPU threads: {s['threads']}. {h['cpu']}, cores: {h['cores']}, "
+        f"load before the run: {h['load_before']}. torch {v['torch']}, {card['date'][:10]}.",
+        f"Roof: {roof['seconds']:.2f} s for the products alone at {roof['product_gflop_per_s']} GFLOP/s; "
+        f"ours reach {card['share_of_limit']:.0%} of it."]
+    if not card["steady"]: lines.append("**Disturbed: runs differ too much. Repeat it.**")
+    return "\n".join(lines) + "\n"
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    counts = dict(bank=(50_000, "known vectors, for both"), queries=(2_000, "to classify"),
+                  large=(1_000_000, "known vectors, for ours alone"), dim=(512, "of the vectors"),
+                  k=(200, "neighbours"), repeats=(7, "timed runs of each"),
+                  threads=(machine()["cores"], "of torch"))
+    for name, (default, text) in counts.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    parser.add_argument("--peak", choices=VOTES, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path,
+                        help="write the card here, and leave results/ and README.md alone")
+    return parser
+
+
+def main():
+    parser = options()
+    args = parser.parse_args()
+    if min(vars(args)[k] for k in ("bank", "queries", "large", "dim", "k", "repeats", "threads")) < 1:
+        parser.error("all counts start at 1")
+    torch.set_num_threads(args.threads)
+    if args.peak: return print(json.dumps(peak(args.peak, args.bank, args)))
+    card = measure(args)
+    write("knn", card, table(card), args.output)
+    print(table(card))
+
+
+if __name__ == "__main__": main()
