@@ -194,7 +194,7 @@ def test_normalized_images_are_refused(photos):
 def test_nan_loss_stops_with_advice(autocast_off):
     learn = digits_learner()
     with torch.no_grad(): learn.model.encoder.conv1.weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="is nan at epoch 0, step 0.*: lower the learning"):
+    with pytest.raises(FloatingPointError, match="not finite at epoch 0, step 0.*: lower the learning"):
         quiet(learn, learn.pretrain, 1)
 
 
