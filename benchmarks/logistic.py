@@ -1,12 +1,15 @@
 """Seconds for logistic regression under 45 strengths of L2: ours in one batch beside scikit-learn.
 
-Real features: an untrained ResNet-18 on CIFAR-10, 512 columns, standardised.
+Real features: an untrained ResNet-18 on CIFAR-10, 512 columns, standardised. Of each solver the
+largest entry of the gradient that it leaves is measured too, by one function, in float64.
 """
 import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -20,7 +23,11 @@ from simclr_nb.diagnose import represent
 from simclr_nb.evaluate import random_encoder
 from simclr_nb.logistic import L2_STRENGTHS, fit_logistic
 
-PEER = Path(__file__).resolve().parent / "results" / ".features.npz"  # for scikit-learn's processes
+REACHED = 1.05  # times the tolerance: left by rounding the fits to their number type
+PEERS = {  # scikit-learn's: number type, and whether a fit starts from the one before
+    "float32": ("float32", False), "float32_warm": ("float32", True),
+    "float64": ("float64", False), "float64_warm": ("float64", True),
+}
 
 
 def features(n: int) -> tuple[Tensor, Tensor]:
@@ -39,51 +46,63 @@ def gradient(h: Tensor, y: Tensor, weight: Tensor, bias: Tensor, l2: float) -> f
     return max((h.T @ p + l2 * weight).abs().max().item(), p.sum(0).abs().max().item()) / len(y)
 
 
-def ours(h: Tensor, y: Tensor, tol: float) -> tuple[float, list[tuple[Tensor, Tensor]]]:
+def ours(h: Tensor, y: Tensor, tol: float) -> tuple[float, dict[str, Tensor]]:
+    "Seconds, and weights with the intercept below them, by strength."
     start = time.perf_counter()
     fit = fit_logistic(h, y, tol=tol)
-    return time.perf_counter() - start, list(zip(fit.weight, fit.bias))
+    seconds = time.perf_counter() - start
+    fits = torch.cat([fit.weight, fit.bias[:, None]], 1)
+    return seconds, {f"{l2:.6g}": w for l2, w in zip(L2_STRENGTHS, fits, strict=True)}
 
 
-def worker(share: int, of: int, tol: float, warm: bool):
-    "A process of the peer: its share of the strengths, on one thread; prints seconds, saves fits."
+def worker(folder: Path, share: int, of: int, peer: str, tol: float):
+    "A process of scikit-learn's: its share of the strengths, on one thread; saves the fits."
     from sklearn.linear_model import LogisticRegression
 
-    data = np.load(PEER)
-    h, y, fits = data["h"], data["y"], {}
-    strengths = list(reversed(L2_STRENGTHS))
+    dtype, warm = PEERS[peer]
+    with np.load(folder / "features.npz") as data: h, y = data["h"].astype(dtype), data["y"]
+    strengths, fits = L2_STRENGTHS[::-1], {}
     mine = np.array_split(strengths, of)[share] if warm else strengths[share::of]
+    model = LogisticRegression(tol=tol, max_iter=10_000, warm_start=warm)  # L-BFGS, as by default
+    warnings.simplefilter("ignore")  # what is left of the gradient is measured
+    LogisticRegression(tol=tol).fit(h[:500], y[:500])  # a first call takes longer
     print("ready", flush=True)
     input()
-    model = LogisticRegression(tol=tol, max_iter=10_000, warm_start=warm)
     for l2 in mine:
         model.set_params(C=1 / l2).fit(h, y)
         fits[f"{l2:.6g}"] = np.vstack([model.coef_.T, model.intercept_])
-    np.savez(PEER.with_name(f".fits{share}.npz"), **fits)
     print("done", flush=True)
+    np.savez(folder / f"fits{share}.npz", **fits)
 
 
-def peer(tol: float, processes: int, warm: bool) -> tuple[float, dict[str, Tensor]]:
-    "scikit-learn, one process per core with one thread each; starting them is not counted."
+def hear(process: subprocess.Popen, word: str):
+    "Wait until a process says it."
+    if process.stdout.readline() != f"{word}\n": raise SystemExit(f"scikit-learn is not {word}")
+
+
+def theirs(folder: Path, name: str, args: argparse.Namespace) -> tuple[float, dict[str, Tensor]]:
+    "As `ours`, by a process per core with one thread each; starting them is not counted."
     env = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    command = [sys.executable, __file__, f"--tol={tol}", f"--of={processes}"]
-    command += ["--warm"] if warm else []
+    command = [sys.executable, __file__, f"--tol={args.tol}", f"--of={args.processes}",
+               f"--peer={name}", f"--folder={folder}"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-    running = [subprocess.Popen([*command, f"--share={i}"], **pipes) for i in range(processes)]
-    for process in running:
-        if process.stdout.readline() != "ready\n": raise SystemExit("scikit-learn did not start")
-    start = time.perf_counter()
-    for process in running:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    for process in running:
-        if process.stdout.readline() != "done\n": raise SystemExit("scikit-learn failed")
-    seconds, fits = time.perf_counter() - start, {}
-    for i, process in enumerate(running):
-        process.wait()
-        path = PEER.with_name(f".fits{i}.npz")
-        with np.load(path) as found: fits |= {k: torch.from_numpy(v) for k, v in found.items()}
-        path.unlink()
+    running = [subprocess.Popen([*command, f"--share={i}"], **pipes)
+               for i in range(args.processes)]
+    try:
+        for process in running: hear(process, "ready")
+        start = time.perf_counter()
+        for process in running:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for process in running: hear(process, "done")
+        seconds = time.perf_counter() - start
+        for process in running: process.wait(60)
+    finally:
+        for process in running: process.kill()
+    fits = {}
+    for i in range(args.processes):
+        with np.load(folder / f"fits{i}.npz") as found:
+            fits |= {k: torch.from_numpy(w) for k, w in found.items()}
     return seconds, fits
 
 
@@ -96,39 +115,51 @@ def limit(h: Tensor, steps: Tensor, n_classes: int) -> dict:
                 seconds=round(flop / product, 3))
 
 
+def runs_of_all(h: Tensor, y: Tensor, args: argparse.Namespace) -> tuple[dict, dict]:
+    "Seconds of each solver, one after the other in turns, and its last fits."
+    seconds, fits = {name: [] for name in ("ours", *PEERS)}, {}
+    fit_logistic(h[:500], y[:500], L2_STRENGTHS[::9])  # a first call takes longer
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder) / "features.npz", h=h.numpy(), y=y.numpy())
+        for _ in range(args.repeats):
+            for name, kept in seconds.items():
+                run = ours(h, y, args.tol) if name == "ours" else theirs(Path(folder), name, args)
+                kept.append(round(run[0], 3))
+                fits[name] = run[1]
+    return seconds, fits
+
+
+def judge(h: Tensor, y: Tensor, runs: list[float], fits: dict, reference: dict) -> dict:
+    "Of one solver: seconds, largest gradient left, least agreement in predictions with ours."
+    left = [gradient(h, y, fits[l2][:-1], fits[l2][-1], float(l2)) for l2 in reference]
+    said = {l2: [(h.double() @ w[:-1].double() + w[-1]).argmax(1) for w in (fits[l2], own)]
+            for l2, own in reference.items()}
+    agree = min((a == b).double().mean().item() for a, b in said.values())
+    return dict(spread(runs), largest_gradient=max(left), agreement=round(agree, 4))
+
+
 def measure(args: argparse.Namespace) -> dict:
     "The result card: what was measured, and all that is needed to judge and repeat it."
     hardware, begin = machine(), time.perf_counter()
     h, y = features(args.images)
-    PEER.parent.mkdir(exist_ok=True)
-    np.savez(PEER, h=h.numpy(), y=y.numpy())
-    fit_logistic(h[:500], y[:500], L2_STRENGTHS[::9])  # libraries take their time at the first call
-    runs, peers = {"ours": [], "sklearn": [], "sklearn_warm": []}, {}
-    for _ in range(args.repeats):
-        seconds, fits = ours(h, y, args.tol)
-        runs["ours"].append(round(seconds, 3))
-        for name in ("sklearn", "sklearn_warm"):
-            seconds, peers[name] = peer(args.tol, args.processes, name == "sklearn_warm")
-            runs[name].append(round(seconds, 3))
-    PEER.unlink()
-    left = dict(ours=[gradient(h, y, *fit, l2) for fit, l2 in zip(fits, L2_STRENGTHS)])
-    for name, found in peers.items():
-        found = [found[f"{l2:.6g}"] for l2 in L2_STRENGTHS]
-        left[name] = [gradient(h, y, w[:-1], w[-1], l2) for w, l2 in zip(found, L2_STRENGTHS)]
-    solvers = {name: dict(spread(kept), largest_gradient=max(left[name]))
-               for name, kept in runs.items()}
-    best = min(("sklearn", "sklearn_warm"), key=lambda name: solvers[name]["median"])
+    runs, fits = runs_of_all(h, y, args)
+    solvers = {name: judge(h, y, kept, fits[name], fits["ours"]) for name, kept in runs.items()}
+    matched = [n for n in PEERS if solvers[n]["largest_gradient"] <= REACHED * args.tol]
+    fastest = min(PEERS, key=lambda name: solvers[name]["median"])
+    best = min(matched or PEERS, key=lambda name: solvers[name]["median"])
     roof = limit(h, fit_logistic(h, y, tol=args.tol).steps, int(y.max()) + 1)
     own, other = solvers["ours"], solvers[best]
-    settings = dict(images=args.images, columns=h.shape[1], classes=int(y.max()) + 1,
-                    strengths=len(L2_STRENGTHS), tol=args.tol, repeats=args.repeats,
-                    threads=torch.get_num_threads(), processes=args.processes, dtype="float32")
+    settings = dict(data="cifar10", encoder="resnet18, untrained", images=args.images,
+                    columns=h.shape[1], classes=int(y.max()) + 1, strengths=len(L2_STRENGTHS),
+                    tol=args.tol, repeats=args.repeats, threads=args.threads,
+                    processes=args.processes, dtype="float32", device="cpu", seed=0)
     return dict(
         benchmark="logistic regression under 45 strengths of L2, seconds",
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=versions("torch", "scikit-learn", "scipy", "numpy"), hardware=hardware,
-        settings=settings, solvers=solvers, best_peer=best,
+        settings=settings, solvers=solvers, matched=matched, best_peer=best,
         ratio=round(other["median"] / own["median"], 2),
+        ratio_fastest=round(solvers[fastest]["median"] / own["median"], 2),
         ratio_worst=round(other["min"] / own["max"], 2), limit=roof,
         share_of_limit=round(roof["seconds"] / own["median"], 3),
         steady=steady(*solvers.values()), seconds=round(time.perf_counter() - begin))
@@ -137,39 +168,53 @@ def measure(args: argparse.Namespace) -> dict:
 def table(card: dict) -> str:
     "Markdown for people, from a card."
     s, h, v, roof = (card[k] for k in ("settings", "hardware", "versions", "limit"))
-    names = dict(ours=f"ours, threads: {s['threads']}",
-                 sklearn=f"scikit-learn {v['scikit-learn']}, processes: {s['processes']}",
-                 sklearn_warm="the same, each fit starting from the one before")
+    names = {"ours": "ours, float32"} | {
+        name: f"scikit-learn {v['scikit-learn']}, {dtype}{', warm starts' if warm else ''}"
+        for name, (dtype, warm) in PEERS.items()}
     rows = [f"| {names[k]} | " + " | ".join(f"{x[q]:.1f}" for q in ("median", "min", "max"))
-            + f" | {x['largest_gradient']:.1e} |" for k, x in card["solvers"].items()]
+            + f" | {x['largest_gradient']:.1e} | {x['agreement']:.1%} |"
+            for k, x in card["solvers"].items()]
     lines = [
-        "| seconds for all strengths | median | lowest | highest | largest gradient left |",
-        "|---|---:|---:|---:|---:|", *rows, "",
-        f"Ratio of the medians, to the faster of scikit-learn's: **{card['ratio']}**. Our slowest "
-        f"run to its fastest: {card['ratio_worst']}.",
+        "| seconds for all strengths | median | lowest | highest | gradient left | as ours |",
+        "|---|---:|---:|---:|---:|---:|", *rows, "",
+        f"Ratio of the medians, to the fastest of scikit-learn's that reach the tolerance: "
+        f"**{card['ratio']}**. Our slowest run to its fastest: {card['ratio_worst']}. To the "
+        f"fastest, whatever it leaves of the gradient: {card['ratio_fastest']}.",
         f"{s['images']:,} x {s['columns']} features, {s['classes']} classes, {s['strengths']} "
-        f"strengths, tolerance {s['tol']:g}, {s['repeats']} runs. {h['cpu']}, cores: {h['cores']}, "
-        f"load before the run: {h['load_before']}. torch {v['torch']}, {card['date'][:10]}.",
+        f"strengths, tolerance {s['tol']:g}, {s['repeats']} runs of each. Ours, threads: "
+        f"{s['threads']}; scikit-learn, processes: {s['processes']}. {h['cpu']}, cores: "
+        f"{h['cores']}, load before the run: {h['load_before']}. torch {v['torch']}, "
+        f"{card['date'][:10]}.",
         f"Roof: {roof['seconds']:.1f} s for {roof['flop'] / 1e9:,.0f} GFLOP of products at "
         f"{roof['product_gflop_per_s']} GFLOP/s; ours reach {card['share_of_limit']:.0%} of it."]
+    if not card["matched"]: lines.append("**None of scikit-learn's reaches the tolerance.**")
     if not card["steady"]: lines.append("**Disturbed: runs differ too much. Repeat it.**")
     return "\n".join(lines) + "\n"
 
 
-def main():
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=10_000, help="rows to fit to (10000)")
+    cores = machine()["cores"]
+    counts = dict(images=(10_000, "rows to fit to"), repeats=(3, "timed runs of each"),
+                  threads=(cores, "of torch, for ours"), processes=(cores, "of scikit-learn"))
+    for name, (default, text) in counts.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
     parser.add_argument("--tol", type=float, default=1e-4, help="of the gradient (0.0001)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (3)")
-    parser.add_argument("--processes", type=int, default=machine()["cores"],
-                        help="of scikit-learn (one per core)")
     parser.add_argument("--output", type=Path,
                         help="write the card here, and leave results/ and README.md alone")
-    for hidden in ("--share", "--of"): parser.add_argument(hidden, type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
+    for hidden, kind in dict(share=int, of=int, peer=str, folder=Path).items():
+        parser.add_argument(f"--{hidden}", type=kind, help=argparse.SUPPRESS)
+    return parser
+
+
+def main():
+    parser = options()
     args = parser.parse_args()
-    if args.share is not None: return worker(args.share, args.of, args.tol, args.warm)
-    if min(args.images, args.repeats, args.processes) < 1: parser.error("counts start at 1")
+    if args.share is not None:
+        return worker(args.folder, args.share, args.of, args.peer, args.tol)
+    if args.images < 500 or min(args.repeats, args.threads, args.processes) < 1:
+        parser.error("500 images or more, and other counts start at 1")
+    torch.set_num_threads(args.threads)
     card = measure(args)
     write("logistic", card, table(card), args.output)
     print(table(card))

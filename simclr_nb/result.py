@@ -23,9 +23,9 @@ from torch import Tensor
 
 from .encoder import write_atomic
 
-# %% ../nbs/10b_result.ipynb #ea20efee
+# %% ../nbs/10b_result.ipynb #3353276e
 CARD = {  # Fact to the places in a card that may state it
-    "data": ("data",), "split": ("split", "data.split"), "test size": ("n_test",),
+    "data": ("data.data", "data"), "split": ("split", "data.split"), "test size": ("n_test",),
     "preprocessing": ("preprocessing",), "encoder": ("encoder",), "feature": ("feature",),
     "protocol": ("protocol",), "metric": ("metric",), "interval": ("interval",),
     "epochs": ("epochs", "pretraining.epochs"), "batch size": ("bs", "pretraining.bs"),
@@ -36,11 +36,11 @@ CARD = {  # Fact to the places in a card that may state it
     "peak memory": ("peak_memory_mib",),
 }  # fmt: skip
 
-# %% ../nbs/10b_result.ipynb #ee9ea601
-def _stated(card: dict, place: str) -> bool:
-    "Whether a card states something at a place such as `data.split`."
+# %% ../nbs/10b_result.ipynb #a429ecb2
+def _at(card: dict, place: str):
+    "What a card states at a place such as `data.split`; None if nothing."
     for key in place.split("."): card = card.get(key) if isinstance(card, dict) else None
-    return card is not None
+    return card
 
 
 def _lines(card: dict, indent: int = 2) -> list[str]:
@@ -91,7 +91,7 @@ def _check(result) -> None:
     if abs(mean := result.correct.double().mean().item() - value) > 1e-6:
         raise ValueError(f"value {value} differs from the mean of correct by {-mean:.6f}")
 
-# %% ../nbs/10b_result.ipynb #92281945
+# %% ../nbs/10b_result.ipynb #b9b0c5f3
 @dataclass
 class Result:
     "A measured accuracy or mAP, its 95% interval and its card; raises `ValueError` for bad values."
@@ -120,9 +120,14 @@ class Result:
         "Value and card, one fact a line, without the test examples."
         return "\n".join([str(self), *_lines(self.card)])
 
+    def stated(self, fact: str):
+        "What the card states of a fact in `CARD`, or at a place such as `data.split`; or None."
+        found = (_at(self.card, place) for place in CARD.get(fact, (fact,)))
+        return next((value for value in found if value is not None), None)
+
     def missing(self) -> list[str]:
         "Facts that the card should state and does not (see `CARD`)."
-        return [f for f, places in CARD.items() if not any(_stated(self.card, p) for p in places)]
+        return [fact for fact in CARD if self.stated(fact) is None]
 
     def to_dict(self) -> dict:
         "All of it as what JSON can hold; test examples in packed form, where there are any."

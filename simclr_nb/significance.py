@@ -7,17 +7,14 @@ __all__ = ['top_k_correct', 'top_k_accuracy', 'class_weights', 'mean_per_class_a
            'mean_average_precision_11', 'multi_label_correct', 'permutation_differences', 'permutation_test',
            'mcnemar_test', 'permutation_test_metric', 'bootstrap_interval']
 
-# %% ../nbs/10c_significance.ipynb #d9ef340b
+# %% ../nbs/10c_significance.ipynb #5d3ab18d
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import binom, ttest_ind, ttest_rel
+from scipy.stats import binom
 from torch import Tensor
-
-from .result import Result, accuracy_result
 
 # %% ../nbs/10c_significance.ipynb #4d7b4881
 def _check_scores(scores: Tensor, y: Tensor) -> None:
@@ -73,9 +70,9 @@ def mean_per_class_accuracy(
         raise ValueError(f"{len(predicted)} predictions for {len(y)} labels")
     return (class_weights(y) * (predicted == y)).sum(-1)
 
-# %% ../nbs/10c_significance.ipynb #b2bfcd33
+# %% ../nbs/10c_significance.ipynb #6b017dd2
 def _ranked(scores: Tensor, labels: Tensor, ignore: Tensor | None) -> tuple[Tensor, Tensor]:
-    "Precision (0 inside a group of ties) and positives found at each rank, over the last dimension."
+    "Precision (0 inside a group of ties) and positives found at each rank (last dimension)."
     counted = torch.ones_like(labels) if ignore is None else ~ignore
     scores, order = scores.sort(-1, descending=True)
     found = (labels & counted).expand_as(order).gather(-1, order).cumsum(-1)
@@ -112,13 +109,13 @@ def average_precision_11(
     if found.isnan().all(): raise ValueError("average precision needs a positive image; got none")
     return found
 
-# %% ../nbs/10c_significance.ipynb #d7bdb662
+# %% ../nbs/10c_significance.ipynb #f199a6e6
 def mean_average_precision_11(
     scores: Tensor,  # Score of each class, `(N, C)` or `(S, N, C)`
     labels: Tensor,  # Which classes each image holds, `(N, C)` or `(S, N, C)`, bool
     ignore: Tensor | None = None,  # What does not count ("difficult"), shape of `labels`, bool
 ) -> Tensor:  # Scalar, or `(S,)`; float64, 0 to 1
-    "Mean of `average_precision_11` over classes, those without a positive left out; raises `ValueError`."
+    "Mean 11-point AP of the classes that have a positive image; raises `ValueError` without."
     _check_ap(scores, labels, ignore)
     turned = (None if a is None else a.transpose(-1, -2) for a in (scores, labels, ignore))
     each = _ap_11(*turned)
@@ -161,7 +158,14 @@ def _sizes(d: Tensor) -> tuple[Tensor, Tensor]:
     sizes, counts = (d / scale).round(decimals=12).unique(return_counts=True)
     return sizes * scale, counts
 
-# %% ../nbs/10c_significance.ipynb #0c1c2708
+# %% ../nbs/10c_significance.ipynb #a346251f
+def _signed_sums(sizes: Tensor) -> Tensor:
+    "Sums of `k` sizes with all `2**k` choices of their signs."
+    k = len(sizes)
+    bits = torch.arange(2**k)[:, None] >> torch.arange(k) & 1
+    return (2 * bits - 1).double() @ sizes
+
+# %% ../nbs/10c_significance.ipynb #8c275044
 def permutation_differences(
     a: Tensor,  # Score of each example by one model, `(N,)`: right or wrong, or a number
     b: Tensor,  # By the other, `(N,)`
@@ -172,10 +176,13 @@ def permutation_differences(
     "Differences in (weighted) mean score after random exchanges of the two models' scores (B.8)."
     total = torch.zeros(samples, dtype=torch.float64)
     half = torch.full_like(total, 0.5)
-    for size, n in zip(*_sizes(_differences(a, b, weights)), strict=True):
-        if n == 1: heads = torch.randint(2, (samples,), generator=generator)  # faster
-        else: heads = torch.binomial(torch.full_like(total, n), half, generator=generator)
+    sizes, counts = _sizes(_differences(a, b, weights))
+    for size, n in zip(sizes[counts > 1], counts[counts > 1], strict=True):
+        heads = torch.binomial(torch.full_like(total, n), half, generator=generator)
         total += size * (2 * heads - n)
+    for single in sizes[counts == 1].split(12):
+        sums = _signed_sums(single)
+        total += sums[torch.randint(len(sums), (samples,), generator=generator)]
     return total
 
 # %% ../nbs/10c_significance.ipynb #aa008e75
@@ -209,19 +216,19 @@ def permutation_test(
     null = permutation_differences(a, b, weights, samples, generator)
     return (1 + int((null.abs() >= least).sum())) / (1 + samples)
 
-# %% ../nbs/10c_significance.ipynb #6bff6fd4
+# %% ../nbs/10c_significance.ipynb #1258a9df
 def mcnemar_test(
     a: Tensor,  # Whether each example is right by one model, `(N,)`, bool
     b: Tensor,  # By the other, `(N,)`, bool
 ) -> float:  # p-value, 0 to 1
-    "Exact two-sided McNemar test (McNemar 1947); raises `ValueError` for what is not right or wrong."
+    "Exact two-sided McNemar test (McNemar 1947); raises `ValueError` for what is not bool."
     if {a.dtype, b.dtype} != {torch.bool}:
         raise ValueError(f"expected right or wrong (bool), got {a.dtype} and {b.dtype}")
     d = _differences(a, b, None)
     only_a, only_b = int((d > 0).sum()), int((d < 0).sum())
     return min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
 
-# %% ../nbs/10c_significance.ipynb #4a2878f6
+# %% ../nbs/10c_significance.ipynb #a9aa1b7b
 def permutation_test_metric(
     metric: Callable[[Tensor], Tensor],  # Predictions `(S, N, ...)` to values `(S,)`
     a: Tensor,  # Predictions of one model, `(N, ...)`
@@ -229,7 +236,7 @@ def permutation_test_metric(
     samples: int = 10_000,  # Random exchanges
     generator: torch.Generator | None = None,  # By default torch's global one
 ) -> float:  # p-value, above 0, at most 1
-    "Two-sided permutation test of any metric of predictions; raises `ValueError` for unequal shapes."
+    "Two-sided permutation test of any metric; raises `ValueError` for unequal shapes."
     if a.shape != b.shape: raise ValueError(f"predictions {tuple(a.shape)} and {tuple(b.shape)}")
     observed = (metric(a[None]) - metric(b[None])).abs().item()
     extreme, chunk = 0, max(1, 2**22 // a.numel())

@@ -133,3 +133,43 @@ def test_knn_is_not_slower_and_bounded():
     large, settings = card["large"], card["settings"]
     assert large["bank"] == 1_000_000 and large["peak_mib"] < 1024
     assert large["peak_mib"] < 0.2 * 4 * large["bank"] * settings["queries"] / 2**20  # of one matrix
+
+
+@pytest.fixture(scope="module")
+def logistic() -> dict: return read("logistic")
+
+
+PEERS = {"float32", "float32_warm", "float64", "float64_warm"}
+
+
+def test_logistic_card_is_complete(logistic):
+    assert {"torch", "scikit-learn", "scipy", "numpy", "simclr_nb", "python"} == set(
+        logistic["versions"])
+    expected = dict(images=10_000, columns=512, classes=10, strengths=45, data="cifar10", tol=1e-4,
+                    processes=logistic["hardware"]["cores"])
+    assert expected.items() <= logistic["settings"].items(), "not what acceptance asks for"
+    assert set(logistic["solvers"]) == {"ours", *PEERS}
+
+
+def test_logistic_card_agrees_with_itself(logistic):
+    solvers, tol = logistic["solvers"], logistic["settings"]["tol"]
+    for spread in solvers.values():
+        runs = spread["runs"]
+        assert len(runs) == logistic["settings"]["repeats"] >= 3
+        assert [spread[k] for k in ("median", "min", "max")] == [median(runs), min(runs), max(runs)]
+    reached = {k for k in PEERS if solvers[k]["largest_gradient"] <= 1.05 * tol}
+    assert set(logistic["matched"]) == reached != set()
+    ours, best = solvers["ours"], solvers[logistic["best_peer"]]
+    assert best["median"] == min(solvers[k]["median"] for k in reached)
+    assert logistic["ratio"] == round(best["median"] / ours["median"], 2)
+    assert logistic["ratio_worst"] == round(best["min"] / ours["max"], 2)
+    fastest = min(solvers[k]["median"] for k in PEERS)
+    assert logistic["ratio_fastest"] == round(fastest / ours["median"], 2)
+
+
+def test_logistic_is_twice_as_fast_at_matched_convergence(logistic):
+    assert idle(logistic), "a busy machine"
+    solvers, tol = logistic["solvers"], logistic["settings"]["tol"]
+    assert solvers["ours"]["largest_gradient"] <= 1.05 * tol
+    assert all(solvers[k]["agreement"] >= 0.99 for k in logistic["matched"])
+    assert logistic["ratio"] >= 2

@@ -21,8 +21,8 @@ except ImportError: import tomli as tomllib  # Python 3.10
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "simclr_nb"
 MAP = """show crop color distort augment data datasets encoder labels head loss alternatives dist optim
-         diagnose transformation callback learner result significance logistic evaluate run
-         finetune transfer study amdim multiview convert cli""".split()
+         diagnose transformation callback learner result significance comparison logistic classifier
+         evaluate run finetune search transfer protocols study amdim multiview convert cli""".split()
 DISTRIBUTION = {"sklearn": "scikit-learn", "PIL": "pillow"}  # where an import has another name
 INDIRECT = {"accelerate"}  # declared, not imported by us: fastai's distributed training does
 
