@@ -245,7 +245,7 @@ def _feature_batches(encoder: nn.Module, dataset: ImageArrays | ImageFiles,
     order = Generator().manual_seed(seed)
     for rows in row_batches(len(h), bs, steps, order): yield h[rows], y[rows]
 
-# %% ../nbs/11_evaluate.ipynb #d5647a6d
+# %% ../nbs/11_evaluate.ipynb #345bb00f
 def linear_evaluation(
     encoder: nn.Module,  # Gives h, or another layer (`encoder_up_to`); frozen, bit-identical after
     dls: SimCLRDataLoaders,  # Trains on the training set; the validation set is the test set
@@ -271,7 +271,7 @@ def linear_evaluation(
     hypers = LINEAR_RECIPES[optimizer] | ({} if lr is None else dict(lr=lr))
     recipe = make_recipe(len(rows), epochs, bs, optimizer=optimizer, **hypers)
     policy = (policy or Policy("crop and flip", [dls.policy.crop])) if augment else None
-    with evaluating(encoder):
+    with evaluating(encoder), torch.random.fork_rng():  # loaders draw from the global state
         classifier = _train_linear(encoder, dls, rows, recipe, policy, seed, progress)
         seconds = time.perf_counter() - start
         h, y = represent(encoder, clean_loader(dls, 1))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_dataset', 'train_classifier', 'class_scores', 'finetune_scores', 'finetune', 'supervised_encoder']
 
-# %% ../nbs/11c_finetune.ipynb #ee3a8288
+# %% ../nbs/11c_finetune.ipynb #001fbfdb
 import time
 from copy import deepcopy
 from os import cpu_count
@@ -26,7 +26,7 @@ from simclr_nb.classifier import (
     select_images,
     train_steps,
 )
-from .data import ArrayLoader, ImageArrays, ImageFiles, SimCLRDataLoaders
+from .data import ImageArrays, ImageFiles, SimCLRDataLoaders
 from .diagnose import represent
 from .evaluate import encoder_card, random_encoder, score_result
 from .result import Result
@@ -108,7 +108,7 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "auto": precision = auto_precision(device)
     return torch.bfloat16 if precision == "bf16" else None
 
-# %% ../nbs/11c_finetune.ipynb #9aeabee7
+# %% ../nbs/11c_finetune.ipynb #dd5366f5
 def class_scores(
     model: nn.Module,  # From `train_classifier`
     images,  # `ImageArrays`, `ImageFiles`, or with `images` and `labels`; labels decide nothing
@@ -121,7 +121,8 @@ def class_scores(
     data = as_dataset(images, policy)
     clean = data.clean(policy.size)
     workers = cpu_count() if num_workers is None else num_workers
-    if isinstance(data, ImageArrays): loader = ArrayLoader(clean, bs=bs)
+    if isinstance(data, ImageArrays):
+        loader = [clean[i : i + bs] for i in range(0, len(clean), bs)]
     else: loader = DataLoader(clean, bs, num_workers=workers, generator=torch.Generator())
     return represent(model, loader, progress)[0]
 
@@ -140,7 +141,7 @@ def finetune_scores(
     same = {k: kwargs[k] for k in ("num_workers", "progress") if k in kwargs}
     return class_scores(model, valid, policy, recipe.bs, **same)
 
-# %% ../nbs/11c_finetune.ipynb #7561c96b
+# %% ../nbs/11c_finetune.ipynb #41c695ab
 def finetune(
     encoder: nn.Module,  # Where to start: gives h, or a layer of the head (`encoder_up_to`)
     dls: SimCLRDataLoaders,  # Trains on the training set; the validation set is the test set
@@ -172,7 +173,7 @@ def finetune(
     scores = class_scores(model, dls.valid.dataset, policy, dls.train.bs, **options)
     about = dict(protocol="fine-tuning", optimizer=str(recipe), epochs=epochs, bs=recipe.bs,
                  labels=describe_labels(data.labels, rows), seed=seed, selection="none",
-                 augmentation=repr(policy), batch_norm=batch_norm, **speed)
+                 augmentation="; ".join(map(repr, policy.operators)), batch_norm=batch_norm, **speed)
     about |= encoder_card(encoder, dls, name)
     result = score_result(scores, dls.valid.dataset.labels, **about, **card)
     return (result, model) if return_model else result

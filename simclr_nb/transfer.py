@@ -6,7 +6,7 @@
 __all__ = ['SplitImages', 'transfer_features', 'transfer_score', 'transfer_result', 'linear_transfer', 'finetune_transfer',
            'transfer_table']
 
-# %% ../nbs/12b_transfer.ipynb #2b622b3c
+# %% ../nbs/12b_transfer.ipynb #322e9f04
 import hashlib
 import time
 from dataclasses import asdict
@@ -22,11 +22,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from .augment import supervised_policy
+from .classifier import Recipe
 from .comparison import best_in_row
 from .datasets import TRANSFER_DATASETS, TRANSFER_RESULTS, TransferData, TransferSplit
 from .diagnose import represent
 from .encoder import write_atomic
-from .evaluate import Recipe, random_encoder
+from .evaluate import random_encoder
 from .finetune import train_classifier
 from .logistic import L2_STRENGTHS, fit_logistic
 from .result import Result, accuracy_result, environment
@@ -300,9 +301,11 @@ def _finish(network: nn.Module, how: tuple, journal: Journal, chosen: dict, **ca
     trained = (len(grid.points) + 1) * grid.steps * grid.bs
     return transfer_result(scores, data, card | _speed(seconds, trained))
 
-# %% ../nbs/12b_transfer.ipynb #59fba0a5
+# %% ../nbs/12b_transfer.ipynb #fac48ac3
 _SETTINGS = {"transfer, linear": "linear", "transfer, fine-tuning": "fine-tuning"}
 _METHODS = ("SimCLR", "supervised", "random")
+_TABLES = {1: "paper, table B.5", 4: "paper, table 8"}
+_NOTE = "† not the whole data set of that name: not to be read against the paper's columns"
 
 
 def _table_rows(results: list[Result]) -> dict[tuple, dict[str, Result]]:
@@ -334,17 +337,17 @@ def _paper_cells(key: tuple, width: int) -> list[tuple[str, bool]]:
     found = (TRANSFER_RESULTS.get((width, setting, m), {}).get(key[1]) for m in _METHODS)
     return [("" if value is None else f"{value:.1f}", False) for value in found]
 
-# %% ../nbs/12b_transfer.ipynb #b88983f4
+# %% ../nbs/12b_transfer.ipynb #76a5acbb
 def transfer_table(
     results: list[Result],  # From `linear_transfer` and `finetune_transfer`, of any encoders
     width: int = 1,  # The paper's ResNet-50 to show beside them: 1 (table B.5) or 4 (table 8)
     html: bool = False,  # HTML instead of Markdown
 ) -> str:
     "Our transfer results beside the paper's, the best in bold; raises `ValueError`."
-    if width not in (1, 4): raise ValueError(f"the paper has width 1 and 4, got {width}")
+    if width not in _TABLES: raise ValueError(f"the paper has width 1 and 4, got {width}")
     rows = _table_rows(results)
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    head = ["setting", "data set", "metric", *names, *(f"paper: {m}" for m in _METHODS)]
+    head = ["setting", "data set", "metric", *names, *(f"{_TABLES[width]}: {m}" for m in _METHODS)]
     body = []
     for (setting, data), row in rows.items():
         first = next(iter(row.values()))
@@ -353,14 +356,16 @@ def transfer_table(
         body.append([(text, False) for text in facts] + cells)
     return _render(head, body, html)
 
-# %% ../nbs/12b_transfer.ipynb #1fac3e76
+# %% ../nbs/12b_transfer.ipynb #414a313c
 def _render(head: list[str], body: list[list[tuple[str, bool]]], html: bool) -> str:
     "A table as Markdown or HTML; cells are text, and whether it is bold."
     if not html:
         rule = ["---"] * 3 + ["--:"] * (len(head) - 3)
         body = [[f"**{t}**" if bold else t for t, bold in cells] for cells in body]
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *body])
+        table = "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *body])
+        return f"{table}\n\n{_NOTE}" if "†" in table else table
     body = [[f"<b>{escape(t)}</b>" if bold else escape(t) for t, bold in cells] for cells in body]
     lines = ["".join(f"<td>{t}</td>" for t in cells) for cells in body]
     lines = ["".join(f"<th>{escape(t)}</th>" for t in head), *lines]
-    return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
+    table = "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
+    return f"{table}\n<p>{_NOTE}</p>" if "†" in table else table

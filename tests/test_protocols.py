@@ -28,6 +28,7 @@ from simclr_nb.evaluate import (
     linear_evaluation,
     logistic_accuracy,
 )
+from simclr_nb.finetune import finetune
 from simclr_nb.logistic import L2_STRENGTHS
 from simclr_nb.result import Result
 
@@ -122,6 +123,11 @@ def linear(encoder, dls, **kwargs) -> Result:
     return linear_evaluation(encoder, dls, epochs=2, bs=64, progress=False, **kwargs)
 
 
+def tune(encoder, dls, **kwargs) -> Result:
+    "It trains a copy: the encoder itself stays as it was."
+    return finetune(encoder, dls, epochs=2, bs=64, progress=False, **kwargs)
+
+
 PROTOCOLS = {
     "k-NN": Protocol(lambda e, dls: knn_accuracy(encoder_features(e, dls))),
     "logistic": Protocol(logistic),
@@ -129,6 +135,8 @@ PROTOCOLS = {
     "linear": Protocol(lambda e, dls: linear(e, dls, augment=True)),
     "linear, not augmented": Protocol(lambda e, dls: linear(e, dls, augment=False)),
     "linear, few labels": Protocol(lambda e, dls: linear(e, dls, augment=False, per_class=5)),
+    "fine-tuning": Protocol(tune),
+    "fine-tuning, few labels": Protocol(lambda e, dls: tune(e, dls, per_class=5)),
 }
 EVERY = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 

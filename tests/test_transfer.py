@@ -337,8 +337,8 @@ def test_table_sets_ours_beside_the_papers(digits):
     results = [linear_transfer(encoder, data, name=name, **QUIET) for name in ("one", "two")]
     results.append(finetune_transfer(encoder, data, TINY, name="one", **QUIET))
     lines = transfer_table(results, width=4).splitlines()
-    assert lines[0] == ("| setting | data set | metric | one | two | paper: SimCLR | "
-                        "paper: supervised | paper: random |")
+    assert lines[0] == ("| setting | data set | metric | one | two | paper, table 8: SimCLR | "
+                        "paper, table 8: supervised | paper, table 8: random |")
     value = f"{100 * results[0].value:.1f}"
     assert lines[2] == (f"| linear | CIFAR-10 | top-1 | **{value}** | **{value}** | 95.3 | 95.7 |"
                         "  |")
