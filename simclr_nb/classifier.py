@@ -24,9 +24,9 @@ from .data import ImageArrays, ImageFiles
 from .labels import label_fraction
 from .optim import create_optimizer, scale_lr, warmup_cosine
 
-# %% ../nbs/10f_classifier.ipynb #419c77b5
+# %% ../nbs/10f_classifier.ipynb #4e6e8ff0
 def check_labelled(
-    labels: Tensor,  # Class of each image, -1: unknown
+    labels: Tensor,  # Class of each image, `(N,)`, -1: unknown
 ) -> None:
     "Raise `ValueError` where an image has no label."
     if (labels < 0).any():
@@ -129,7 +129,7 @@ def augmented_batches(
         x = policy(x.to(device), views)
         yield x.contiguous(memory_format=torch.channels_last), y.to(device)
 
-# %% ../nbs/10f_classifier.ipynb #6e976890
+# %% ../nbs/10f_classifier.ipynb #f1cd35c9
 @dataclass(frozen=True)
 class Recipe:
     "How a classifier is trained, step by step; raises `ValueError` for values out of range."
@@ -143,7 +143,8 @@ class Recipe:
 
     def __post_init__(self):
         for name in ("steps", "bs"):
-            if (n := getattr(self, name)) < 1: raise ValueError(f"{name} must be at least 1, got {n}")
+            n = getattr(self, name)
+            if n < 1: raise ValueError(f"{name} must be at least 1, got {n}")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps must be 0 to {self.steps}, got {self.warmup_steps}")
         self.create_optimizer([nn.Parameter(torch.zeros(1, 1))])
@@ -158,7 +159,8 @@ class Recipe:
         return dict(seconds=round(seconds, 2), images_per_second=round(rate))
 
     def __str__(self):
-        kind = dict(sgd="SGD, Nesterov momentum 0.9", lars="LARS").get(self.optimizer, self.optimizer)
+        names = dict(sgd="SGD, Nesterov momentum 0.9", lars="LARS")
+        kind = names.get(self.optimizer, self.optimizer)
         warmup = f", {self.warmup_steps} of warm-up" if self.warmup_steps else ""
         return (f"{kind}, peak lr {self.lr:g}, cosine, {self.steps} steps of {self.bs}{warmup}, "
                 f"weight decay {self.weight_decay:g}")
@@ -179,12 +181,12 @@ def make_recipe(
     warmup_steps = int(min(warmup_epochs, epochs / 10) * n / max(bs, 1))
     return Recipe(steps, bs, scale_lr(lr, max(bs, 1)), warmup_steps=warmup_steps, **kwargs)
 
-# %% ../nbs/10f_classifier.ipynb #585ecbc4
+# %% ../nbs/10f_classifier.ipynb #7287d3b1
 def linear_classifier(
     dim: int,  # Width of the features
     n_classes: int,  # Number of classes
     seed: int = 0,  # Of the weights; torch's global state is left alone
-) -> nn.Linear:
+) -> nn.Linear:  # On the CPU
     "Linear layer as the official code starts it: weights from N(0, 0.01), bias 0."
     classifier = nn.utils.skip_init(nn.Linear, dim, n_classes)
     with torch.no_grad():

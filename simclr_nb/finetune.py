@@ -43,11 +43,11 @@ def _set_norms(model: nn.Module, batch_norm: str, decay: float) -> None:
         m.momentum = 1 - decay  # PyTorch counts the new part
         if batch_norm == "frozen": m.eval()
 
-# %% ../nbs/11c_finetune.ipynb #5e5aeda4
+# %% ../nbs/11c_finetune.ipynb #f2e53b58
 def as_dataset(
     images,  # `ImageArrays`, `ImageFiles`, or anything with `images` (pixels or files), `labels`
     policy: Policy,  # Whose crop is drawn from files
-) -> ImageArrays | ImageFiles:
+) -> ImageArrays | ImageFiles:  # The same images
     "Labelled images in a form to draw batches from; raises `TypeError` for anything else."
     if isinstance(images, (ImageArrays, ImageFiles)): return images
     if not (hasattr(images, "images") and hasattr(images, "labels")):
@@ -55,7 +55,7 @@ def as_dataset(
     if isinstance(images.images, Tensor): return ImageArrays(images.images, images.labels)
     return ImageFiles(list(images.images), images.labels, policy.crop)
 
-# %% ../nbs/11c_finetune.ipynb #a3c458ec
+# %% ../nbs/11c_finetune.ipynb #2cc1ce8e
 def train_classifier(
     encoder: nn.Module,  # Where to start, with `out_dim`; a copy of it is trained
     train,  # Labelled images: `ImageArrays`, `ImageFiles`, or with `images` and `labels`
@@ -63,13 +63,13 @@ def train_classifier(
     recipe: Recipe,  # Steps, batch size, learning rate, weight decay, optimiser
     policy: Policy,  # Augmentation; its crop decides the size of the images
     batch_norm: str = "train",  # Or "frozen": normalise by the running averages of pretraining
-    bn_decay: float | None = None,  # Of the averages, in [0, 1); by default as B.8: max(1-10/s, 0.9)
+    bn_decay: float | None = None,  # Of the averages, in [0, 1); max(1 - 10/s, 0.9) by default
     seed: int = 0,  # Of the classifier, order and views; torch's global state is left alone
     precision: str = "auto",  # "fp32", "bf16", or as suits the device
     num_workers: int | None = None,  # Processes that decode files; all cores by default
     progress: bool = False,  # Show a progress bar with images/s and ETA
 ) -> nn.Sequential:  # Tuned encoder and classifier, in evaluation mode; gives logits `(N, C)`
-    "Train all weights of a classifier; raises `ValueError`, or `FloatingPointError` if it diverges."
+    "Train all weights; raises `ValueError`, or `FloatingPointError` if the training diverges."
     data = as_dataset(train, policy)
     decay = max(1 - 10 * recipe.bs / len(data), 0.9) if bn_decay is None else bn_decay
     _check(data, n_classes, policy, batch_norm, decay, precision)
@@ -141,7 +141,7 @@ def finetune_scores(
     same = {k: kwargs[k] for k in ("num_workers", "progress") if k in kwargs}
     return class_scores(model, valid, policy, recipe.bs, **same)
 
-# %% ../nbs/11c_finetune.ipynb #41c695ab
+# %% ../nbs/11c_finetune.ipynb #f0ee1a97
 def finetune(
     encoder: nn.Module,  # Where to start: gives h, or a layer of the head (`encoder_up_to`)
     dls: SimCLRDataLoaders,  # Trains on the training set; the validation set is the test set
@@ -173,7 +173,8 @@ def finetune(
     scores = class_scores(model, dls.valid.dataset, policy, dls.train.bs, **options)
     about = dict(protocol="fine-tuning", optimizer=str(recipe), epochs=epochs, bs=recipe.bs,
                  labels=describe_labels(data.labels, rows), seed=seed, selection="none",
-                 augmentation="; ".join(map(repr, policy.operators)), batch_norm=batch_norm, **speed)
+                 augmentation="; ".join(map(repr, policy.operators)),
+                 batch_norm=batch_norm, **speed)
     about |= encoder_card(encoder, dls, name)
     result = score_result(scores, dls.valid.dataset.labels, **about, **card)
     return (result, model) if return_model else result
