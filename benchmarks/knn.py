@@ -125,7 +125,7 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     counts = dict(bank=(50_000, "known vectors, for both"), queries=(2_000, "to classify"),
                   large=(1_000_000, "known vectors, for ours alone"), dim=(512, "of the vectors"),
-                  k=(200, "neighbours"), repeats=(7, "timed runs of each"),
+                  k=(200, "neighbours"), repeats=(15, "timed runs of each"),
                   threads=(machine()["cores"], "of torch"))
     for name, (default, text) in counts.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")

@@ -53,7 +53,8 @@ def represent(
             ys.append(y.cpu())
     return torch.cat(hs), torch.cat(ys)
 
-# %% ../nbs/08_diagnose.ipynb #fc0eba3c
+# %% ../nbs/08_diagnose.ipynb #7d3b1694
+@torch.no_grad()
 def _nearest(
     bank: Tensor,  # Representations to search, `(M, D)`
     h: Tensor,  # Queries, `(N, D)`
@@ -63,10 +64,14 @@ def _nearest(
 ) -> tuple[Tensor, Tensor]:  # Cosine similarities, highest first, and rows of the bank, `(N, k)`
     "Most similar rows of a bank, in memory that does not grow with it."
     h = F.normalize(h, dim=1)
+    memory = h.new_empty(min(chunk, len(h)) * min(tile, len(bank)))  # used again and again
     sims, rows = h.new_empty(len(h), 0), torch.empty(len(h), 0, dtype=torch.int64, device=h.device)
     for start in range(0, len(bank), tile):
         part = F.normalize(bank[start : start + tile], dim=1)
-        best = [(x @ part.T).topk(min(k, len(part)), dim=1) for x in h.split(chunk)]
+        best = []
+        for x in h.split(chunk):
+            sim = memory[: len(x) * len(part)].view(len(x), len(part))
+            best.append(torch.mm(x, part.T, out=sim).topk(min(k, len(part)), dim=1))
         sim, near = (torch.cat(found) for found in zip(*best))
         sims, rows = torch.cat([sims, sim], 1), torch.cat([rows, near + start], 1)
         if start:
