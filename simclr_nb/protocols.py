@@ -96,7 +96,7 @@ def open_encoder(
 # %% ../nbs/12c_protocols.ipynb #21a3e943
 PROTOCOLS = ("knn", "logistic", "linear", "finetune", "semi", "transfer", "transfer-finetune")
 
-# %% ../nbs/12c_protocols.ipynb #dfc73a18
+# %% ../nbs/12c_protocols.ipynb #98f418ef
 @dataclass
 class EvaluationConfig:
     "Settings of an evaluation run."
@@ -120,7 +120,7 @@ class EvaluationConfig:
     n_valid: int | None = None  # Use only so many test images
     seed: int = 0  # Seed of everything that is random
     workers: int | None = None  # Processes that decode large images; all cores
-    out: str | None = None  # Folder of the run, where a second call goes on; named by the encoder
+    out: str | None = None  # Folder of the run, where a second call goes on; by default one under runs
 
 # %% ../nbs/12c_protocols.ipynb #6ccb1891
 def _names(text: str, allowed, what: str) -> list[str]:
@@ -155,16 +155,17 @@ def _check(config: EvaluationConfig) -> None:
     if config.workers is not None and config.workers < 0:
         raise ValueError(f"workers must be at least 0, got {config.workers}")
 
-# %% ../nbs/12c_protocols.ipynb #59f10c57
-_FREE = {"protocol", "out", "workers", "root", "transfer", "fractions"}  # may change in a folder
+# %% ../nbs/12c_protocols.ipynb #cb7cd388
+_FREE = {"encoder", "protocol", "out", "workers", "root", "transfer", "fractions"}  # may change
 
 
 def _open_folder(config: EvaluationConfig) -> Path:
     "Folder of the run, new or of the same settings; or `ValueError`."
     digest = hashlib.sha256(Path(config.encoder).read_bytes()).hexdigest()
-    kept = {k: v for k, v in asdict(config).items() if k not in _FREE | {"encoder"}}
+    kept = {k: v for k, v in asdict(config).items() if k not in _FREE}
     settings = json.dumps(dict(kept, weights_sha256=digest), indent=2)
-    folder = Path(config.out or Path("runs") / f"{Path(config.encoder).stem}-{digest[:8]}")
+    own = f"{Path(config.encoder).stem}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    folder = Path(config.out or Path("runs") / own)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "evaluation.json"
     if path.is_file() and path.read_text(encoding="utf-8") != settings:

@@ -1,0 +1,109 @@
+"`simclr-evaluate`: encoders of other libraries, folders with a list of labels, a run that was killed."
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.datasets import load_sample_images
+
+from simclr_nb.cli import evaluate
+from simclr_nb.encoder import create_encoder, save_encoder
+from simclr_nb.protocols import EvaluationConfig, run_evaluation
+from simclr_nb.result import load_result
+
+DIGITS = ["--data", "digits", "--n-train", "200", "--n-valid", "100", "--workers", "0"]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    "Runs the command in an empty folder: its exit code, standard output and standard error."
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        try: code = evaluate([str(a) for a in argv])
+        except SystemExit as e: code = e.code
+        return code, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    torch.manual_seed(0)
+    return save_encoder(create_encoder("resnet18", 0.125, "cifar", zero_init_last=False),
+                        tmp_path / "encoder.safetensors")
+
+
+def test_resnet50_of_torchvision(command, tmp_path):
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "theirs.pth")
+    options = "--arch torchvision/resnet50 --size 32 --protocol knn,logistic --out run".split()
+    code, out, err = command("theirs.pth", *options, *DIGITS)
+    assert code == 0, err
+    for name in ("knn", "logistic"):
+        result = load_result(tmp_path / f"run/{name}.json")
+        assert result.card["config"]["arch"] == "torchvision/resnet50" and result.missing() == []
+        assert str(result) in out
+
+
+def test_network_of_timm(command, tmp_path):
+    timm = pytest.importorskip("timm")
+    save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "theirs.safetensors")
+    options = "--arch timm/resnet10t --size 32 --protocol knn --out run".split()
+    code, _, err = command("theirs.safetensors", *options, *DIGITS)
+    assert code == 0, err
+    assert load_result(tmp_path / "run/knn.json").card["config"]["arch"] == "timm/resnet10t"
+
+
+def test_list_of_labels(command, encoder, tmp_path):
+    "Files of a folder, of which a list names the labelled ones."
+    for part, n in (("train", 12), ("test", 4)):
+        for label, photo in enumerate(load_sample_images().images):
+            (folder := tmp_path / f"photos/{part}/{'ab'[label]}").mkdir(parents=True)
+            for i in range(n):
+                box = (9 * i, 5 * i, 9 * i + 300, 5 * i + 300)
+                Image.fromarray(photo).crop(box).save(folder / f"{'ab'[label]}{part}{i}.png")
+    (tmp_path / "few.txt").write_text("".join(f"{c}_{c}train{i}.png\n" for c in "ab" for i in (1, 5)))
+    options = "--data photos --size 32 --bs 8 --workers 0 --epochs 2 --labels few.txt --out run".split()
+    code, _, err = command(encoder, *options, "--protocol", "semi")
+    assert code == 0, err
+    assert load_result(tmp_path / "run/semi-few.json").card["labels"].startswith("4 of 24")
+    (tmp_path / "few.txt").write_text("a_nobody.png\n")
+    assert command(encoder, *options[:-1], "other", "--protocol", "semi")[0] == 2
+
+
+KILLED = """
+import os, signal
+from simclr_nb import protocols
+def kill(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
+protocols.logistic_accuracy = kill
+from simclr_nb.cli import evaluate
+evaluate()
+"""
+
+
+def test_goes_on_after_a_kill(command, encoder, tmp_path):
+    options = [*DIGITS, "--out", "run", "--protocol", "knn,logistic"]
+    done = subprocess.run([sys.executable, "-c", KILLED, encoder, *options], cwd=tmp_path,
+                          capture_output=True, timeout=120)
+    assert done.returncode == -9
+    written = {path.stem: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert set(written) == {"evaluation", "knn"}
+    assert command(encoder, *options)[0] == 0
+    assert {path.stem for path in (tmp_path / "run").iterdir()} == {"evaluation", "knn", "logistic"}
+    for name, content in written.items():
+        assert (tmp_path / f"run/{name}.json").read_bytes() == content
+    assert json.loads(written["evaluation"])["weights_sha256"]
+
+
+def test_other_settings_get_another_folder(encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = dict(data="digits", protocol="knn", n_train=200, n_valid=100)
+    first = run_evaluation(EvaluationConfig(str(encoder), **config))
+    again = run_evaluation(EvaluationConfig(str(encoder), **config))
+    other = run_evaluation(EvaluationConfig(str(encoder), k=5, **config))
+    assert first.folder == again.folder != other.folder and first.results == again.results
+    with pytest.raises(ValueError, match="results of another k: give another folder"):
+        run_evaluation(EvaluationConfig(str(encoder), k=7, out=str(first.folder), **config))
