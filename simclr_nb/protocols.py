@@ -96,7 +96,7 @@ def open_encoder(
 # %% ../nbs/12c_protocols.ipynb #21a3e943
 PROTOCOLS = ("knn", "logistic", "linear", "finetune", "semi", "transfer", "transfer-finetune")
 
-# %% ../nbs/12c_protocols.ipynb #98f418ef
+# %% ../nbs/12c_protocols.ipynb #0f3ea182
 @dataclass
 class EvaluationConfig:
     "Settings of an evaluation run."
@@ -120,7 +120,7 @@ class EvaluationConfig:
     n_valid: int | None = None  # Use only so many test images
     seed: int = 0  # Seed of everything that is random
     workers: int | None = None  # Processes that decode large images; all cores
-    out: str | None = None  # Folder of the run, where a second call goes on; by default one under runs
+    out: str | None = None  # Folder of the run, where a second call goes on; else under runs
 
 # %% ../nbs/12c_protocols.ipynb #6ccb1891
 def _names(text: str, allowed, what: str) -> list[str]:
