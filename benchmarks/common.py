@@ -3,9 +3,13 @@ import json
 import os
 import platform
 import re
+import subprocess
+import sys
 import time
+from argparse import ArgumentParser
 from importlib.metadata import version
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from statistics import median
 
 import torch
@@ -13,6 +17,7 @@ import torch
 import simclr_nb
 
 HERE = Path(__file__).resolve().parent
+MIB = 2**20
 STEADY = 1.5  # slowest over fastest run; beyond it something else was running
 
 
@@ -24,6 +29,53 @@ def rate(work, amount: int, repeats: int = 10) -> float:
         work()
         times.append(time.perf_counter() - start)
     return amount / min(times)
+
+
+def product_rate(device: str = "cpu") -> float:
+    "Operations per second of a large product of matrices: the roof of what consists of products."
+    side = 1024 if device == "cpu" else 8192
+    a = torch.ones(side, side, device=device)
+    wait = torch.cuda.synchronize if a.is_cuda else lambda: None
+    return rate(lambda: (a @ a, wait()), 2 * side**3)
+
+
+def resident(field: str) -> int:
+    "`VmRSS`, the memory a process holds, or `VmHWM`, the most it held; `ru_maxrss` but for Linux."
+    status = Path("/proc/self/status")
+    if not status.exists(): return getrusage(RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    line, = (s for s in status.read_text().splitlines() if s.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def peak(work, cuda: bool = False) -> dict:
+    "Seconds of some work, and the most memory in MiB above what was held before it."
+    clear = Path("/proc/self/clear_refs")
+    if cuda: torch.cuda.reset_peak_memory_stats()
+    elif clear.exists(): clear.write_text("5")  # the peak starts anew
+    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    most = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
+    return dict(seconds=round(seconds, 3), peak_mib=round((most - before) / MIB, 1))
+
+
+def own_process(script: str, **options) -> dict:
+    "What a script prints last, as JSON, called with these options in a process of its own."
+    command = [sys.executable, script, *(f"--{k}={v}" for k, v in options.items())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode: raise SystemExit(f"{options}: {done.stderr.strip()[-300:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def parser_of(description: str, **counts: tuple) -> ArgumentParser:
+    "Options that every benchmark has, and counts: name to default and meaning."
+    parser = ArgumentParser(description=description)
+    for name, (default, text) in counts.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    parser.add_argument("--output", type=Path,
+                        help="write the card here, and leave results/ and README.md alone")
+    return parser
 
 
 def spread(runs: list[float]) -> dict:

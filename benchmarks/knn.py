@@ -5,21 +5,18 @@ memory is that of a process of its own, also for a bank that lightly's matrix wo
 """
 import argparse
 import json
-import subprocess
-import sys
 import time
 from datetime import datetime, timezone
-from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import machine, rate, spread, steady, versions, write
+from common import (machine, own_process, parser_of, peak, product_rate, spread, steady, versions,
+                    write)
 from simclr_nb.diagnose import knn_predict
 
-MIB, CLASSES, TEMPERATURE = 2**20, 10, 0.1
+CLASSES, TEMPERATURE = 10, 0.1
 
 
 def data(bank: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,31 +42,17 @@ def lightly(bank: Tensor, y: Tensor, h: Tensor, k: int) -> Tensor:
 VOTES = dict(ours=ours, lightly=lightly)
 
 
-def peak(name: str, bank: int, args: argparse.Namespace) -> dict:
-    "Seconds, and the most memory in MiB above what was held before; for a fresh process."
+def measure_peak(name: str, bank: int, args: argparse.Namespace) -> dict:
+    "Seconds and peak memory of a vote; for a fresh process."
     x = data(bank, args)
-    unit = 1 if sys.platform == "darwin" else 1024
     VOTES[name](x[0][:500], x[1][:500], x[2][:8], min(args.k, 500))  # a first call allocates
-    clear, before = Path("/proc/self/clear_refs"), getrusage(RUSAGE_SELF).ru_maxrss * unit
-    held = lambda field: 1024 * int(next(
-        s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(field)).split()[1])
-    if clear.exists():
-        clear.write_text("5")
-        before = held("VmRSS")
-    start = time.perf_counter()
-    VOTES[name](*x, args.k)
-    seconds = time.perf_counter() - start
-    most = held("VmHWM") if clear.exists() else getrusage(RUSAGE_SELF).ru_maxrss * unit
-    return dict(seconds=round(seconds, 2), peak_mib=round((most - before) / MIB, 1))
+    return peak(lambda: VOTES[name](*x, args.k))
 
 
 def peak_of_process(name: str, bank: int, args: argparse.Namespace) -> dict:
-    "What `peak` says in a process of its own."
-    options = [f"--{k}={getattr(args, k)}" for k in ("queries", "dim", "k", "threads")]
-    command = [sys.executable, __file__, f"--peak={name}", f"--bank={bank}", *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode: raise SystemExit(f"{name}, bank of {bank}: {done.stderr.strip()[-300:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    "What `measure_peak` says in a process of its own."
+    same = {k: getattr(args, k) for k in ("queries", "dim", "k", "threads")}
+    return own_process(__file__, peak=name, bank=bank, **same)
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -86,9 +69,7 @@ def measure(args: argparse.Namespace) -> dict:
             runs[name].append(round(time.perf_counter() - start, 4))
     found = {name: spread(kept) for name, kept in runs.items()}
     for name in VOTES: found[name]["peak_mib"] = peak_of_process(name, args.bank, args)["peak_mib"]
-    flop, side = 2 * args.bank * args.queries * args.dim, 1024
-    a = torch.ones(side, side)
-    product = rate(lambda: a @ a, 2 * side**3)
+    flop, product = 2 * args.bank * args.queries * args.dim, product_rate()
     settings = {k: v for k, v in vars(args).items() if k not in ("peak", "output")}
     return dict(
         benchmark="exact k-NN vote, seconds and MiB",
@@ -122,16 +103,12 @@ def table(card: dict) -> str:
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    counts = dict(bank=(50_000, "known vectors, for both"), queries=(2_000, "to classify"),
-                  large=(1_000_000, "known vectors, for ours alone"), dim=(512, "of the vectors"),
-                  k=(200, "neighbours"), repeats=(15, "timed runs of each"),
-                  threads=(machine()["cores"], "of torch"))
-    for name, (default, text) in counts.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    parser = parser_of(
+        __doc__, bank=(50_000, "known vectors, for both"), queries=(2_000, "to classify"),
+        large=(1_000_000, "known vectors, for ours alone"), dim=(512, "of the vectors"),
+        k=(200, "neighbours"), repeats=(15, "timed runs of each"),
+        threads=(machine()["cores"], "of torch"))
     parser.add_argument("--peak", choices=VOTES, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path,
-                        help="write the card here, and leave results/ and README.md alone")
     return parser
 
 
@@ -141,7 +118,7 @@ def main():
     if min(vars(args)[k] for k in ("bank", "queries", "large", "dim", "k", "repeats", "threads")) < 1:
         parser.error("all counts start at 1")
     torch.set_num_threads(args.threads)
-    if args.peak: return print(json.dumps(peak(args.peak, args.bank, args)))
+    if args.peak: return print(json.dumps(measure_peak(args.peak, args.bank, args)))
     card = measure(args)
     write("knn", card, table(card), args.output)
     print(table(card))

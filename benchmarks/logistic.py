@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import machine, rate, spread, steady, versions, write
+from common import machine, parser_of, product_rate, spread, steady, versions, write
 from simclr_nb.data import clean_loader, simclr_dls
 from simclr_nb.diagnose import represent
 from simclr_nb.evaluate import random_encoder
@@ -108,8 +108,7 @@ def theirs(folder: Path, name: str, args: argparse.Namespace) -> tuple[float, di
 
 def limit(h: Tensor, steps: Tensor, n_classes: int) -> dict:
     "Roof: the two products of each step alone, at the rate of a large one."
-    a = torch.ones(1024, 1024)
-    product = rate(lambda: a @ a, 2 * 1024**3)
+    product = product_rate()
     flop = int(2 * 2 * h.shape[0] * (h.shape[1] + 1) * n_classes * (steps.sum() + len(steps)))
     return dict(product_gflop_per_s=round(product / 1e9, 1), flop=flop,
                 seconds=round(flop / product, 3))
@@ -193,15 +192,11 @@ def table(card: dict) -> str:
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
     cores = machine()["cores"]
-    counts = dict(images=(10_000, "rows to fit to"), repeats=(3, "timed runs of each"),
-                  threads=(cores, "of torch, for ours"), processes=(cores, "of scikit-learn"))
-    for name, (default, text) in counts.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    parser = parser_of(
+        __doc__, images=(10_000, "rows to fit to"), repeats=(3, "timed runs of each"),
+        threads=(cores, "of torch, for ours"), processes=(cores, "of scikit-learn"))
     parser.add_argument("--tol", type=float, default=1e-4, help="of the gradient (0.0001)")
-    parser.add_argument("--output", type=Path,
-                        help="write the card here, and leave results/ and README.md alone")
     for hidden, kind in dict(share=int, of=int, peer=str, folder=Path).items():
         parser.add_argument(f"--{hidden}", type=kind, help=argparse.SUPPRESS)
     return parser

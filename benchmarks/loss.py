@@ -6,22 +6,19 @@ that of a process of its own. `--check` only compares their values and gradients
 import argparse
 import json
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import machine, rate, spread, steady, versions, write
+from common import (machine, own_process, parser_of, peak, product_rate, spread, steady, versions,
+                    write)
 from simclr_nb.loss import nt_xent, tiled_nt_xent
 
-MIB = 2**20
 LOSSES = "ours", "dense", "in_place", "lightly", "pytorch_metric_learning"
 CHECKED = dict(images=(2, 3, 17, 100), temperatures=(0.05, 0.1, 0.5, 1, 10))
 TOLERANCE = dict(float64=1e-10, float32=1e-5)  # of the value and, by its norm, of the gradient
@@ -94,38 +91,17 @@ def check(args: argparse.Namespace) -> list[str]:
     return [fault for fault in found if fault]
 
 
-def resident(field: str) -> int:
-    "`VmRSS`, the memory a process holds, or `VmHWM`, the most it held; `ru_maxrss` but for Linux."
-    status = Path("/proc/self/status")
-    if not status.exists(): return getrusage(RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    line, = (s for s in status.read_text().splitlines() if s.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def peak(name: str, n: int, args: argparse.Namespace) -> dict:
-    "Seconds, and the most memory in MiB above what was held before; for a fresh process."
+def measure_peak(name: str, n: int, args: argparse.Namespace) -> dict:
+    "Seconds and peak memory of a step; for a fresh process."
     loss, z = create(name, args.temperature), projections(n, args)
     step(loss, projections(32, args))  # libraries allocate something at their first call
-    if z.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        seconds, *_ = step(loss, z)
-        return dict(seconds=seconds, peak_mib=(torch.cuda.max_memory_allocated() - before) / MIB)
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists(): clear.write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    seconds, *_ = step(loss, z)
-    return dict(seconds=seconds, peak_mib=(resident("VmHWM") - before) / MIB)
+    return peak(lambda: step(loss, z), z.is_cuda)
 
 
 def peak_of_process(name: str, n: int, args: argparse.Namespace) -> dict:
-    "What `peak` says in a process of its own."
-    options = [f"--{k}={getattr(args, k)}" for k in ("dim", "temperature", "threads", "device")]
-    command = [sys.executable, __file__, f"--peak={name}", f"--images={n}", *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode: raise SystemExit(f"{name}, {n} images: {done.stderr.strip()[-300:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return dict(seconds=round(found["seconds"], 3), peak_mib=round(found["peak_mib"], 1))
+    "What `measure_peak` says in a process of its own."
+    same = {k: getattr(args, k) for k in ("dim", "temperature", "threads", "device")}
+    return own_process(__file__, peak=name, images=n, **same)
 
 
 def times(names: list[str], n: int, args: argparse.Namespace) -> dict:
@@ -145,10 +121,7 @@ def limit(n: int, args: argparse.Namespace) -> dict:
     Half of the similarities forward and again backward, and both products with the weights. That is
     twice 2 (2N)² D; powers and sums count for nothing here.
     """
-    side = 1024 if args.device == "cpu" else 8192
-    a = torch.ones(side, side, device=args.device)
-    wait = torch.cuda.synchronize if a.is_cuda else lambda: None
-    product = rate(lambda: (a @ a, wait()), 2 * side**3)
+    product = product_rate(args.device)
     flop = 2 * 2 * (2 * n)**2 * args.dim
     return dict(product_gflop_per_s=round(product / 1e9, 1), flop=flop,
                 seconds=round(flop / product, 4))
@@ -227,20 +200,16 @@ def table(card: dict) -> str:
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    counts = dict(images=(4096, "in a batch, for all but pytorch-metric-learning"),
-                  small=(128, "in a batch, for all"), large=(32_768, "in a batch, for ours alone"),
-                  dim=(128, "width of the projections"), repeats=(9, "timed runs of each"),
-                  threads=(machine()["cores"], "of torch"))
-    for name, (default, text) in counts.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    parser = parser_of(
+        __doc__, images=(4096, "in a batch, for all but pytorch-metric-learning"),
+        small=(128, "in a batch, for all"), large=(32_768, "in a batch, for ours alone"),
+        dim=(128, "width of the projections"), repeats=(9, "timed runs of each"),
+        threads=(machine()["cores"], "of torch"))
     parser.add_argument("--temperature", type=float, default=0.5, help="of the softmax (0.5)")
     parser.add_argument("--device", default="cpu", help="where the projections are (cpu)")
     parser.add_argument("--check", action="store_true",
                         help="time nothing; exit with 1 if two of the losses disagree")
     parser.add_argument("--peak", choices=LOSSES, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path,
-                        help="write the card here, and leave results/ and README.md alone")
     return parser
 
 
@@ -250,7 +219,7 @@ def main():
     if min(args.images, args.small, args.large) < 2 or min(args.repeats, args.threads) < 1:
         parser.error("2 images or more, and other counts start at 1")
     torch.set_num_threads(args.threads)
-    if args.peak: return print(json.dumps(peak(args.peak, args.images, args)))
+    if args.peak: return print(json.dumps(measure_peak(args.peak, args.images, args)))
     if args.check:
         faults = check(args)
         print("\n".join(faults) or "all agree")

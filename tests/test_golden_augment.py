@@ -5,12 +5,12 @@
 random, so there the tolerance is sampling error, as `check_quantiles` and `check_extremes` say.
 """
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from test_golden import GOLDEN, approx
 
 from simclr_nb.color import (
     ColorJitter,
@@ -35,14 +35,9 @@ from simclr_nb.crop import (
 from simclr_nb.distort import gaussian_blur
 
 TESTS = Path(__file__).parent
-GOLDEN = json.loads((TESTS / "golden" / "simclr.json").read_text())
 NOTES = {"_about", "inputs"}  # words about the numbers, no numbers
 DRAWS = 20_000  # boxes behind each entry of crop_statistics, and of ours
 Z = 4.5  # standard errors; by chance one comparison in 150,000 is further off
-
-
-def approx(value):
-    return pytest.approx(value, rel=1e-10, abs=1e-12)
 
 
 def formula(height, width):
