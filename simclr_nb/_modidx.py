@@ -425,6 +425,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'simclr_nb.evaluate._standardize': ('evaluate.html#_standardize', 'simclr_nb/evaluate.py'),
                                     'simclr_nb.evaluate._train_linear': ('evaluate.html#_train_linear', 'simclr_nb/evaluate.py'),
                                     'simclr_nb.evaluate.encoder_card': ('evaluate.html#encoder_card', 'simclr_nb/evaluate.py'),
+                                    'simclr_nb.evaluate.encoder_config': ('evaluate.html#encoder_config', 'simclr_nb/evaluate.py'),
                                     'simclr_nb.evaluate.encoder_features': ('evaluate.html#encoder_features', 'simclr_nb/evaluate.py'),
                                     'simclr_nb.evaluate.knn_accuracy': ('evaluate.html#knn_accuracy', 'simclr_nb/evaluate.py'),
                                     'simclr_nb.evaluate.linear_evaluation': ('evaluate.html#linear_evaluation', 'simclr_nb/evaluate.py'),

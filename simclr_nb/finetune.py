@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_dataset', 'train_classifier', 'class_scores', 'finetune_scores', 'finetune', 'supervised_encoder']
 
-# %% ../nbs/11c_finetune.ipynb #001fbfdb
+# %% ../nbs/11c_finetune.ipynb #4c52ab44
 import time
 from copy import deepcopy
 from os import cpu_count
@@ -30,6 +30,7 @@ from .data import ImageArrays, ImageFiles, SimCLRDataLoaders
 from .diagnose import represent
 from .evaluate import encoder_card, random_encoder, score_result
 from .result import Result
+from .search import bn_momentum
 
 # %% ../nbs/11c_finetune.ipynb #620ac0e7
 _NORMS = nn.modules.batchnorm._BatchNorm
@@ -55,7 +56,7 @@ def as_dataset(
     if isinstance(images.images, Tensor): return ImageArrays(images.images, images.labels)
     return ImageFiles(list(images.images), images.labels, policy.crop)
 
-# %% ../nbs/11c_finetune.ipynb #2cc1ce8e
+# %% ../nbs/11c_finetune.ipynb #7f33123f
 def train_classifier(
     encoder: nn.Module,  # Where to start, with `out_dim`; a copy of it is trained
     train,  # Labelled images: `ImageArrays`, `ImageFiles`, or with `images` and `labels`
@@ -71,7 +72,7 @@ def train_classifier(
 ) -> nn.Sequential:  # Tuned encoder and classifier, in evaluation mode; gives logits `(N, C)`
     "Train all weights; raises `ValueError`, or `FloatingPointError` if the training diverges."
     data = as_dataset(train, policy)
-    decay = max(1 - 10 * recipe.bs / len(data), 0.9) if bn_decay is None else bn_decay
+    decay = 1 - bn_momentum(len(data), recipe.bs) if bn_decay is None else bn_decay
     _check(data, n_classes, policy, batch_norm, decay, precision)
     device, size = next(encoder.parameters()).device, policy.size
     dim = represent(encoder, [(torch.zeros(2, 3, size, size), torch.zeros(2))])[0].shape[1]

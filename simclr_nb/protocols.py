@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PROTOCOLS', 'open_encoder', 'EvaluationConfig', 'EvaluationRun', 'run_evaluation']
 
-# %% ../nbs/12c_protocols.ipynb #f3fdc130
+# %% ../nbs/12c_protocols.ipynb #befd9ccd
 import hashlib
 import json
 import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -155,7 +156,7 @@ def _check(config: EvaluationConfig) -> None:
     if config.workers is not None and config.workers < 0:
         raise ValueError(f"workers must be at least 0, got {config.workers}")
 
-# %% ../nbs/12c_protocols.ipynb #cb7cd388
+# %% ../nbs/12c_protocols.ipynb #687c3678
 _FREE = {"encoder", "protocol", "out", "workers", "root", "transfer", "fractions"}  # may change
 
 
@@ -178,15 +179,13 @@ def _open_folder(config: EvaluationConfig) -> Path:
 
 def _tasks(config: EvaluationConfig, encoder: nn.Module, folder: Path) -> dict[str, Callable]:
     "Name of each result to what computes it; data are read when first needed."
-    opened, name = {}, Path(config.encoder).name
+    name = Path(config.encoder).name
+    @cache
     def dls() -> SimCLRDataLoaders:
-        if not opened: opened["dls"] = simclr_dls(
-            config.data, config.size, config.bs, n_train=config.n_train, n_valid=config.n_valid,
-            seed=config.seed, num_workers=config.workers)
-        return opened["dls"]
-    def features():
-        if "h" not in opened: opened["h"] = encoder_features(encoder, dls(), name, progress=True)
-        return opened["h"]
+        return simclr_dls(config.data, config.size, config.bs, n_train=config.n_train,
+                          n_valid=config.n_valid, seed=config.seed, num_workers=config.workers)
+    @cache
+    def features(): return encoder_features(encoder, dls(), name, progress=True)
     common = dict(bs=config.bs or 256, seed=config.seed, name=name)
     tasks = dict(
         knn=lambda: knn_accuracy(features(), config.k),

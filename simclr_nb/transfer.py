@@ -6,7 +6,7 @@
 __all__ = ['SplitImages', 'transfer_features', 'transfer_score', 'transfer_result', 'linear_transfer', 'finetune_transfer',
            'transfer_table']
 
-# %% ../nbs/12b_transfer.ipynb #322e9f04
+# %% ../nbs/12b_transfer.ipynb #01aec52f
 import hashlib
 import time
 from dataclasses import asdict
@@ -27,7 +27,7 @@ from .comparison import best_in_row
 from .datasets import TRANSFER_DATASETS, TRANSFER_RESULTS, TransferData, TransferSplit
 from .diagnose import represent
 from .encoder import write_atomic
-from .evaluate import random_encoder
+from .evaluate import encoder_config, random_encoder
 from .finetune import train_classifier
 from .logistic import L2_STRENGTHS, fit_logistic
 from .result import Result, accuracy_result, environment
@@ -174,7 +174,7 @@ def _fit_one_class(h: Tensor, y: Tensor, counted: Tensor, l2: list[float]) -> tu
     fit = fit_logistic(h[counted.to(h.device)], y[counted], [2 * v for v in l2], 2)
     return fit.weight[..., 1] - fit.weight[..., 0], fit.bias[:, 1] - fit.bias[:, 0]
 
-# %% ../nbs/12b_transfer.ipynb #271b4669
+# %% ../nbs/12b_transfer.ipynb #35a94be5
 def _settings(encoder: nn.Module, data: TransferData, **settings) -> dict:
     "All that the scores in a journal depend on; of the test set only its size."
     parts = [data.train, data.valid]
@@ -184,11 +184,9 @@ def _settings(encoder: nn.Module, data: TransferData, **settings) -> dict:
 
 def _card(model: nn.Module, data: TransferData, images: SplitImages, **card) -> dict:
     "What the cards of both protocols say."
-    configs = (getattr(m, "config", None) for m in model.modules())
-    config = next((c for c in configs if isinstance(c, dict)), type(model).__name__)
     selection = f"best {data.metric} on validation images; then fitted to training and validation"
-    return dict(config=config, dataset=data.name, data=_info(data), selection=selection,
-                preprocessing=images.describe(), **card)
+    return dict(config=encoder_config(model), dataset=data.name, data=_info(data),
+                selection=selection, preprocessing=images.describe(), **card)
 
 
 def _speed(seconds: float, n: int) -> dict:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "simclr_nb"
 MAP = """show crop color distort augment data datasets encoder labels head loss alternatives dist optim
          diagnose transformation callback learner result significance comparison logistic classifier
-         evaluate run finetune search transfer protocols study amdim multiview convert cli""".split()
+         evaluate run search finetune transfer protocols study amdim multiview convert cli""".split()
 DISTRIBUTION = {"sklearn": "scikit-learn", "PIL": "pillow"}  # where an import has another name
 INDIRECT = {"accelerate"}  # declared, not imported by us: fastai's distributed training does
 
