@@ -137,7 +137,7 @@ class RepresentCallback(_Measurement):
     def _represent(self, i: int) -> tuple[Tensor, Tensor]:
         return represent(self.model.encoder, clean_loader(self.dls, i, n=self.max_images))
 
-# %% ../nbs/09_callback.ipynb #252f94d3
+# %% ../nbs/09_callback.ipynb #48bbfc64
 class ProbeCallback(_Measurement):
     "Linear classifier on detached `h`, trained along; column `probe` of the table."
     order = 30
@@ -145,7 +145,7 @@ class ProbeCallback(_Measurement):
     def __init__(
         self,
         n_classes: int,  # Number of classes
-        lr: float = 1e-2,  # Learning rate of its Adam optimiser
+        lr: float = 1e-2,  # Learning rate of its Adam optimiser at the start
     ):
         self.n_classes, self.lr, self.classifier, self.accuracy = n_classes, lr, None, None
 
@@ -161,16 +161,18 @@ class ProbeCallback(_Measurement):
         known = y >= 0
         if known.sum() < 2: return
         loss = F.cross_entropy(self.classifier(h[known]), y[known])
+        lr = warmup_cosine(self.pct_train, self.lr, 0, 1)
+        self.classifier_opt.param_groups[0]["lr"] = lr
         self.classifier_opt.zero_grad()
         loss.backward()
         self.classifier_opt.step()
 
     @torch.no_grad()
     def after_validate(self):
-        h, y = self.represent.valid
-        self.classifier.eval()
-        predicted = self.classifier(h.to(next(self.classifier.parameters()).device)).argmax(1).cpu()
-        self.classifier.train()
+        (bank, _), (h, y) = self.represent.bank, self.represent.valid
+        h = (h - bank.mean(0)) / bank.std(0).clamp_min(1e-6)
+        linear = self.classifier[1]
+        predicted = linear(h.to(linear.weight.device)).argmax(1).cpu()
         self.accuracy = (predicted == y)[y >= 0].float().mean().item()
 
 # %% ../nbs/09_callback.ipynb #25fef0d1

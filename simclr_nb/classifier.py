@@ -129,7 +129,7 @@ def augmented_batches(
         x = policy(x.to(device), views)
         yield x.contiguous(memory_format=torch.channels_last), y.to(device)
 
-# %% ../nbs/10f_classifier.ipynb #f1cd35c9
+# %% ../nbs/10f_classifier.ipynb #6a19acce
 @dataclass(frozen=True)
 class Recipe:
     "How a classifier is trained, step by step; raises `ValueError` for values out of range."
@@ -153,10 +153,10 @@ class Recipe:
         "Optimiser of the recipe."
         return create_optimizer(self.optimizer, params, self.lr, self.weight_decay)
 
-    def speed(self, seconds: float) -> dict:
-        "Seconds and images per second, for a card."
-        rate = self.steps * self.bs / max(seconds, 1e-9)
-        return dict(seconds=round(seconds, 2), images_per_second=round(rate))
+    @property
+    def n_images(self) -> int:
+        "Images seen in all steps, counted each time."
+        return self.steps * self.bs
 
     def __str__(self):
         names = dict(sgd="SGD, Nesterov momentum 0.9", lars="LARS")
@@ -194,7 +194,7 @@ def linear_classifier(
         classifier.bias.zero_()
     return classifier
 
-# %% ../nbs/10f_classifier.ipynb #3229a05a
+# %% ../nbs/10f_classifier.ipynb #9913175e
 def _watched(batches: Iterable, steps: int, progress: bool) -> Iterator:
     "Batches, with a progress bar that says images/s and ETA."
     if not progress: return (yield from batches)
@@ -206,15 +206,16 @@ def _watched(batches: Iterable, steps: int, progress: bool) -> Iterator:
 
 
 def _loss(logits: Tensor, y: Tensor) -> Tensor:
-    "Cross-entropy; with labels `(N, C)`, that of every class being there or not, summed."
+    "Cross-entropy; with labels `(N, C)`, that of each class being there or not, summed; -1: neither."
     if y.ndim == 1: return F.cross_entropy(logits, y)
-    bits = F.binary_cross_entropy_with_logits(logits, y.to(logits.dtype), reduction="none")
-    return bits.sum(1).mean()
+    target = y.clamp_min(0).to(logits.dtype)
+    bits = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (bits * (y >= 0)).sum(1).mean()
 
-# %% ../nbs/10f_classifier.ipynb #668be573
+# %% ../nbs/10f_classifier.ipynb #cbdaba4b
 def train_steps(
     model: Callable,  # Module that maps x of a batch to logits `(N, C)`; all it has is trained
-    batches: Iterable,  # `(x, y)`, one for each step; y classes `(N,)`, or 0 and 1, `(N, C)`
+    batches: Iterable,  # `(x, y)`, one for each step; y classes `(N,)`, or 0, 1, -1, `(N, C)`
     recipe: Recipe,  # Optimiser, steps and learning rate
     autocast: torch.dtype | None = None,  # Compute the logits in this precision; None: as they are
     progress: bool = False,  # Show a progress bar with images/s and ETA

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['evaluating', 'represent', 'knn_predict', 'nearest_neighbours', 'near_duplicates', 'alignment', 'uniformity',
-           'pair_similarities', 'covariance_spectrum', 'effective_rank', 'matrix_spectrum', 'tsne', 'Accuracy',
-           'color_shortcut']
+           'pair_similarities', 'covariance_spectrum', 'effective_rank', 'matrix_spectrum', 'tsne', 'wilson_interval',
+           'Accuracy', 'color_shortcut']
 
 # %% ../nbs/08_diagnose.ipynb #8eea3cac
 import math
@@ -254,10 +254,19 @@ def tsne(
     points = by(F.normalize(h.float(), dim=1).cpu().numpy(), min(30, (len(h) - 1) / 3), seed)
     return torch.as_tensor(points.astype("float32"))
 
-# %% ../nbs/08_diagnose.ipynb #c5c036a0
+# %% ../nbs/08_diagnose.ipynb #b562cc18
+def wilson_interval(
+    correct: Tensor,  # Whether each answer was right, `(n,)`, bool
+) -> tuple[float, float, float]:  # Share of right answers, lower and upper end, each 0 to 1
+    "Share of right answers among independent trials, with its 95% interval (Wilson 1927)."
+    n_correct, n = int(correct.sum()), len(correct)
+    ends = binomtest(n_correct, n).proportion_ci(0.95, method="wilson")
+    return n_correct / n, float(ends.low), float(ends.high)
+
+# %% ../nbs/08_diagnose.ipynb #dda275a3
 @dataclass(eq=False)
 class Accuracy:
-    "Share of right answers among independent trials, with its 95% interval (Wilson 1927)."
+    "Right and wrong answers, beside what guessing gives; printed with Wilson's interval."
 
     correct: Tensor  # Whether each answer was right, `(n,)`, bool
     chance: float  # What guessing gives, 0 to 1
@@ -265,9 +274,7 @@ class Accuracy:
     @property
     def interval(self) -> tuple[float, float, float]:
         "Accuracy, lower and upper end, each 0 to 1."
-        n_correct, n = int(self.correct.sum()), len(self.correct)
-        ends = binomtest(n_correct, n).proportion_ci(0.95, method="wilson")
-        return n_correct / n, float(ends.low), float(ends.high)
+        return wilson_interval(self.correct)
 
     def __str__(self):
         value, low, high = self.interval

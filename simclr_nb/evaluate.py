@@ -6,7 +6,7 @@
 __all__ = ['LINEAR_RECIPES', 'encoder_config', 'encoder_card', 'Features', 'encoder_features', 'pixel_features', 'random_encoder',
            'knn_accuracy', 'select_l2', 'logistic_accuracy', 'score_result', 'linear_evaluation']
 
-# %% ../nbs/11_evaluate.ipynb #44085966
+# %% ../nbs/11_evaluate.ipynb #a0a87fc6
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ from .data import ImageArrays, ImageFiles, SimCLRDataLoaders, clean_loader
 from .diagnose import evaluating, knn_predict, represent
 from .encoder import create_encoder
 from .logistic import L2_STRENGTHS, fit_logistic
-from .result import Result, accuracy_result, environment, mean_result
+from .result import Result, accuracy_result, environment, mean_result, speed
 from .significance import top_k_accuracy, top_k_correct
 
 # %% ../nbs/11_evaluate.ipynb #73bcde3c
@@ -81,7 +81,7 @@ class Features:
         seconds = card.pop("seconds", 0) + self.card.get("seconds", 0)
         return {**card, **self.card, **environment(), "seconds": round(seconds, 2)}
 
-# %% ../nbs/11_evaluate.ipynb #262eae69
+# %% ../nbs/11_evaluate.ipynb #728a4529
 def encoder_features(
     encoder: nn.Module,  # Gives h
     dls: SimCLRDataLoaders,  # The validation set is the test set
@@ -92,16 +92,10 @@ def encoder_features(
     "Features h of clean images by an encoder in eval mode; raises `ValueError` without labels."
     start = time.perf_counter()
     train, test = (represent(encoder, clean_loader(dls, i), progress) for i in (0, 1))
-    return Features(*train, *test, encoder_card(encoder, dls, name, **_speed(start, dls), **card))
+    card |= speed(time.perf_counter() - start, len(train[1]) + len(test[1]))
+    return Features(*train, *test, encoder_card(encoder, dls, name, **card))
 
-
-def _speed(start: float, dls: SimCLRDataLoaders) -> dict:
-    "Seconds since the start, and images per second, of both sets."
-    seconds = time.perf_counter() - start
-    images = sum(len(loader.dataset) for loader in dls.loaders)
-    return dict(seconds=round(seconds, 2), images_per_second=round(images / max(seconds, 1e-9)))
-
-# %% ../nbs/11_evaluate.ipynb #51b102b4
+# %% ../nbs/11_evaluate.ipynb #7ab68e37
 def pixel_features(
     dls: SimCLRDataLoaders,  # The validation set is the test set
 ) -> Features:
@@ -112,7 +106,8 @@ def pixel_features(
     side = min(h_train.shape[-1], 16)
     pooled = [F.adaptive_avg_pool2d(h.cpu().float() / 255, side) for h in (h_train, h_test)]
     h_train, h_test = (h.flatten(1) for h in pooled)
-    card = encoder_card(nn.Identity(), dls, "pixels", **_speed(start, dls))
+    card = encoder_card(nn.Identity(), dls, "pixels",
+                        **speed(time.perf_counter() - start, len(y_train) + len(y_test)))
     card["feature"] = f"pixels, {side} x {side}"
     return Features(h_train, y_train.cpu(), h_test, y_test.cpu(), card)
 
@@ -126,7 +121,7 @@ def random_encoder(
         torch.manual_seed(seed)
         return create_encoder(**config, zero_init_last=False).eval()
 
-# %% ../nbs/11_evaluate.ipynb #398abc81
+# %% ../nbs/11_evaluate.ipynb #b628567f
 def knn_accuracy(
     features: Features,  # Of training and test images
     k: int = 20,  # Neighbours that vote
@@ -137,8 +132,10 @@ def knn_accuracy(
     start, f = time.perf_counter(), features
     vote = dict(k=k, temperature=temperature, weighting=weighting)
     predicted = knn_predict(f.h_train, f.y_train, f.h_test, **vote)
-    return f.result(predicted, protocol="k-NN", **vote, selection="none", epochs="none", bs="none",
-                    optimizer="none", seed="none", seconds=time.perf_counter() - start)
+    labels = describe_labels(f.y_train, torch.arange(len(f.y_train)))
+    return f.result(predicted, protocol="k-NN", **vote, labels=labels, selection="none",
+                    epochs="none", bs="none", optimizer="none", seed="none",
+                    seconds=time.perf_counter() - start)
 
 # %% ../nbs/11_evaluate.ipynb #d9034786
 def _standardize(h: Tensor, *others: Tensor) -> list[Tensor]:
@@ -252,7 +249,7 @@ def _feature_batches(encoder: nn.Module, dataset: ImageArrays | ImageFiles,
     order = Generator().manual_seed(seed)
     for rows in row_batches(len(h), bs, steps, order): yield h[rows], y[rows]
 
-# %% ../nbs/11_evaluate.ipynb #345bb00f
+# %% ../nbs/11_evaluate.ipynb #55b7150c
 def linear_evaluation(
     encoder: nn.Module,  # Gives h, or another layer (`encoder_up_to`); frozen, bit-identical after
     dls: SimCLRDataLoaders,  # Trains on the training set; the validation set is the test set
@@ -286,5 +283,5 @@ def linear_evaluation(
     views = "; ".join(map(repr, policy.operators)) if policy else "none"
     about = dict(protocol="linear evaluation", optimizer=str(recipe), epochs=epochs, bs=recipe.bs,
                  labels=describe_labels(labels, rows), seed=seed, selection="none",
-                 augmentation=views, **recipe.speed(seconds))
+                 augmentation=views, **speed(seconds, recipe.n_images))
     return score_result(scores, y, **encoder_card(encoder, dls, name), **about, **card)

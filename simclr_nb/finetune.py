@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_dataset', 'train_classifier', 'class_scores', 'finetune_scores', 'finetune', 'supervised_encoder']
 
-# %% ../nbs/11c_finetune.ipynb #4c52ab44
+# %% ../nbs/11c_finetune.ipynb #492f831a
 import time
 from copy import deepcopy
 from os import cpu_count
@@ -29,7 +29,7 @@ from simclr_nb.classifier import (
 from .data import ImageArrays, ImageFiles, SimCLRDataLoaders
 from .diagnose import represent
 from .evaluate import encoder_card, random_encoder, score_result
-from .result import Result
+from .result import Result, speed
 from .search import bn_momentum
 
 # %% ../nbs/11c_finetune.ipynb #620ac0e7
@@ -56,11 +56,11 @@ def as_dataset(
     if isinstance(images.images, Tensor): return ImageArrays(images.images, images.labels)
     return ImageFiles(list(images.images), images.labels, policy.crop)
 
-# %% ../nbs/11c_finetune.ipynb #7f33123f
+# %% ../nbs/11c_finetune.ipynb #616ea12c
 def train_classifier(
     encoder: nn.Module,  # Where to start, with `out_dim`; a copy of it is trained
     train,  # Labelled images: `ImageArrays`, `ImageFiles`, or with `images` and `labels`
-    n_classes: int,  # C; labels are `(N,)` below C, or `(N, C)` of 0 and 1
+    n_classes: int,  # C; labels are `(N,)` below C, or `(N, C)` of 0, 1, -1: unknown
     recipe: Recipe,  # Steps, batch size, learning rate, weight decay, optimiser
     policy: Policy,  # Augmentation; its crop decides the size of the images
     batch_norm: str = "train",  # Or "frozen": normalise by the running averages of pretraining
@@ -86,7 +86,7 @@ def train_classifier(
         train_steps(model, batches, recipe, _dtype(precision, device), progress)
     return model.eval()
 
-# %% ../nbs/11c_finetune.ipynb #2fa344f7
+# %% ../nbs/11c_finetune.ipynb #ddf0622c
 def _check(data: ImageArrays | ImageFiles, n_classes: int, policy: Policy, batch_norm: str,
            decay: float, precision: str) -> None:
     "Refuse what would fail later, or without a word."
@@ -98,8 +98,9 @@ def _check(data: ImageArrays | ImageFiles, n_classes: int, policy: Policy, batch
     if policy.crop is None: raise ValueError("the policy has no crop: the size would be unknown")
     y = data.labels
     if len(y) < 2: raise ValueError(f"expected at least 2 labelled images, got {len(y)}")
-    if y.ndim == 2 and (y.shape[1] != n_classes or y.min() < 0 or y.max() > 1):
-        raise ValueError(f"expected labels (N, {n_classes}) of 0 and 1, got {tuple(y.shape)}")
+    if y.ndim == 2 and (y.shape[1] != n_classes or y.min() < -1 or y.max() > 1):
+        got = f"{tuple(y.shape)}, {y.min()} to {y.max()}"
+        raise ValueError(f"expected labels (N, {n_classes}) of 0, 1, or -1: unknown; got {got}")
     if y.ndim == 1 and not 0 <= y.min() <= y.max() < n_classes:
         raise ValueError(f"expected labels 0 to {n_classes - 1}, got {y.min()} to {y.max()}")
 
@@ -142,7 +143,7 @@ def finetune_scores(
     same = {k: kwargs[k] for k in ("num_workers", "progress") if k in kwargs}
     return class_scores(model, valid, policy, recipe.bs, **same)
 
-# %% ../nbs/11c_finetune.ipynb #f0ee1a97
+# %% ../nbs/11c_finetune.ipynb #96b209cc
 def finetune(
     encoder: nn.Module,  # Where to start: gives h, or a layer of the head (`encoder_up_to`)
     dls: SimCLRDataLoaders,  # Trains on the training set; the validation set is the test set
@@ -170,12 +171,12 @@ def finetune(
     options = dict(num_workers=dls.train.fake_l.num_workers, progress=progress)
     model = train_classifier(encoder, select_images(data, rows), len(dls.classes), recipe, policy,
                              batch_norm, seed=seed, **options)
-    speed = recipe.speed(time.perf_counter() - start)
+    seconds = time.perf_counter() - start
     scores = class_scores(model, dls.valid.dataset, policy, dls.train.bs, **options)
     about = dict(protocol="fine-tuning", optimizer=str(recipe), epochs=epochs, bs=recipe.bs,
                  labels=describe_labels(data.labels, rows), seed=seed, selection="none",
                  augmentation="; ".join(map(repr, policy.operators)),
-                 batch_norm=batch_norm, **speed)
+                 batch_norm=batch_norm, **speed(seconds, recipe.n_images))
     about |= encoder_card(encoder, dls, name)
     result = score_result(scores, dls.valid.dataset.labels, **about, **card)
     return (result, model) if return_model else result

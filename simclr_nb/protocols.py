@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PROTOCOLS', 'open_encoder', 'EvaluationConfig', 'EvaluationRun', 'run_evaluation']
 
-# %% ../nbs/12c_protocols.ipynb #befd9ccd
+# %% ../nbs/12c_protocols.ipynb #5de0d30a
 import hashlib
 import json
 import pickle
@@ -31,8 +31,10 @@ from simclr_nb.evaluate import (
 from .finetune import finetune
 from .labels import load_label_list, match_list
 from .result import Result, load_result
+from .run import report_html
 from .search import BUDGETS
-from .transfer import finetune_transfer, linear_transfer
+from .show import figure_html, plot_accuracies
+from .transfer import finetune_transfer, linear_transfer, transfer_table
 
 # %% ../nbs/12c_protocols.ipynb #01041ea8
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Of RGB in [0, 1]
@@ -232,20 +234,36 @@ def _transfer_tasks(config: EvaluationConfig, encoder: nn.Module, folder: Path, 
                 encoder, data(), config.budget, seed=config.seed, **options)
     return tasks
 
-# %% ../nbs/12c_protocols.ipynb #9f651975
+# %% ../nbs/12c_protocols.ipynb #fda8450f
+def _write_report(folder: Path, config: EvaluationConfig, results: dict[str, Result]) -> None:
+    "Write `report.html`: a page that opens offline."
+    name, parts = Path(config.encoder).name, {}
+    transfer = [r for r in results.values() if "dataset" in r.card]
+    own = {protocol: {name: (r.value, r.low, r.high)} for protocol, r in results.items()
+           if "dataset" not in r.card}
+    if own:
+        caption = f"Accuracy on test images of {config.data}, with 95% intervals."
+        parts[caption] = figure_html(plot_accuracies(own), caption)
+    if transfer:
+        caption = "Transfer, beside what the paper found with a ResNet-50, in %."
+        parts[caption] = f"<div>{transfer_table(transfer, html=True)}</div>"
+    page = report_html(f"Evaluation of {name}", parts, {name: results}, asdict(config))
+    write_atomic(folder / "report.html", page.encode())
+
+# %% ../nbs/12c_protocols.ipynb #ecb7a5a1
 @dataclass
 class EvaluationRun:
     "What an evaluation run has found, and where it is saved."
 
-    folder: Path  # Of the results, one JSON file each
+    folder: Path  # Of the results, one JSON file each, and the report
     results: dict[str, Result]  # Protocol to result
 
     def __str__(self):
         width = max(map(len, self.results))
         rows = [f"{name:{width}}  {result}" for name, result in self.results.items()]
-        return "\n".join([*rows, f"cards: {self.folder}"])
+        return "\n".join([*rows, f"report: {self.folder / 'report.html'}"])
 
-# %% ../nbs/12c_protocols.ipynb #5f52ec63
+# %% ../nbs/12c_protocols.ipynb #1c9e7753
 def run_evaluation(
     config: EvaluationConfig,  # What to evaluate, and how
 ) -> EvaluationRun:
@@ -261,5 +279,6 @@ def run_evaluation(
             print(f"{name} ...", flush=True)
             results[name] = task()
             results[name].save(path)
+        _write_report(folder, config, results)
         print(f"{name:20} {results[name]}", flush=True)
     return EvaluationRun(folder, results)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunConfig', 'compare_with_baselines', 'report_html', 'Run', 'run_pretraining']
 
-# %% ../nbs/11b_run.ipynb #a6bb3932
+# %% ../nbs/11b_run.ipynb #ad981534
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +30,7 @@ from simclr_nb.evaluate import (
 from .learner import BASE_LR, SimCLRLearner, simclr_learner
 from .loss import NTXent
 from .optim import scale_lr
-from .result import Result, environment
+from .result import Result, environment, speed
 from .show import figure_html, plot_embeddings, plot_spectra, view_pairs
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
@@ -207,15 +207,15 @@ def report_html(
         parts += [_lines(f"{name}, {protocol}: {r}", r.card) for name, r in column.items()]
     return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(parts))
 
-# %% ../nbs/11b_run.ipynb #3821a9b4
+# %% ../nbs/11b_run.ipynb #4716d249
 def _pretrain(learn: SimCLRLearner, config: RunConfig, folder: Path) -> dict:
     "Train and save the encoder; what the card says of it."
     start = time.perf_counter()
     learn.pretrain(config.epochs, config.lr, config.scaling, cbs=[CSVLogger()])
     seconds = time.perf_counter() - start
-    speed = config.epochs * len(learn.dls.train) * learn.dls.train.bs / seconds
+    n_images = config.epochs * len(learn.dls.train) * learn.dls.train.bs
     learn.save_encoder(folder / "encoder.safetensors", run=asdict(config))
-    return dict(seconds=round(seconds, 1), images_per_second=round(speed), **environment())
+    return speed(seconds, n_images) | environment()
 
 # %% ../nbs/11b_run.ipynb #03a2df09
 @dataclass

@@ -6,10 +6,10 @@
 __all__ = ['SplitImages', 'transfer_features', 'transfer_score', 'transfer_result', 'linear_transfer', 'finetune_transfer',
            'transfer_table']
 
-# %% ../nbs/12b_transfer.ipynb #01aec52f
+# %% ../nbs/12b_transfer.ipynb #44dd120d
 import hashlib
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html import escape
 from itertools import chain
 from pathlib import Path
@@ -30,7 +30,7 @@ from .encoder import write_atomic
 from .evaluate import encoder_config, random_encoder
 from .finetune import train_classifier
 from .logistic import L2_STRENGTHS, fit_logistic
-from .result import Result, accuracy_result, environment
+from .result import Result, accuracy_result, environment, speed
 from .search import Grid, Journal, bn_momentum, search, transfer_grid
 from simclr_nb.significance import (
     bootstrap_interval,
@@ -174,7 +174,7 @@ def _fit_one_class(h: Tensor, y: Tensor, counted: Tensor, l2: list[float]) -> tu
     fit = fit_logistic(h[counted.to(h.device)], y[counted], [2 * v for v in l2], 2)
     return fit.weight[..., 1] - fit.weight[..., 0], fit.bias[:, 1] - fit.bias[:, 0]
 
-# %% ../nbs/12b_transfer.ipynb #35a94be5
+# %% ../nbs/12b_transfer.ipynb #9b700e7c
 def _settings(encoder: nn.Module, data: TransferData, **settings) -> dict:
     "All that the scores in a journal depend on; of the test set only its size."
     parts = [data.train, data.valid]
@@ -188,12 +188,7 @@ def _card(model: nn.Module, data: TransferData, images: SplitImages, **card) -> 
     return dict(config=encoder_config(model), dataset=data.name, data=_info(data),
                 selection=selection, preprocessing=images.describe(), **card)
 
-
-def _speed(seconds: float, n: int) -> dict:
-    "Seconds taken, and images in each, for a card."
-    return dict(seconds=round(seconds, 2), images_per_second=round(n / max(seconds, 1e-9)))
-
-# %% ../nbs/12b_transfer.ipynb #612d03ee
+# %% ../nbs/12b_transfer.ipynb #8161811e
 def linear_transfer(
     encoder: nn.Module,  # Gives h; frozen, and bit-identical afterwards
     data: TransferData,  # Data set with its parts and metric, from `load_transfer`
@@ -219,17 +214,19 @@ def linear_transfer(
                  protocol="transfer, linear", optimizer="L-BFGS", epochs="none", bs="none",
                  seed="none", l2=f"{len(l2)} strengths, {min(l2):g} to {max(l2):g}",
                  selected=chosen,
-                 **_speed(time.perf_counter() - start, sum(map(len, h.values()))))
+                 **speed(time.perf_counter() - start, sum(map(len, h.values()))))
     result = transfer_result(h["test"] @ weight[0] + bias[0], data, card)
     journal.add(result=result.to_dict())
     return result
 
-# %% ../nbs/12b_transfer.ipynb #63d576ac
+# %% ../nbs/12b_transfer.ipynb #5c31f036
 def _train(encoder: nn.Module, split: TransferSplit, data: TransferData, grid: Grid, size: int,
            seed: int, num_workers: int, progress: bool, **point: float) -> nn.Module:
     "One training of B.8 on the images of a split."
     recipe = Recipe(grid.steps, grid.bs, **point)
     kept = 1 - bn_momentum(len(split), grid.bs)
+    if split.difficult is not None:
+        split = replace(split, labels=split.labels.masked_fill(split.difficult, -1), difficult=None)
     return train_classifier(encoder, split, len(data.classes), recipe, supervised_policy(size),
                             bn_decay=kept, seed=seed, num_workers=num_workers, progress=progress)
 
@@ -281,7 +278,7 @@ def finetune_transfer(
     journal.add(result=result.to_dict())
     return result
 
-# %% ../nbs/12b_transfer.ipynb #5782e724
+# %% ../nbs/12b_transfer.ipynb #d694cdde
 def _finish(network: nn.Module, how: tuple, journal: Journal, chosen: dict, **card) -> Result:
     "Train on training and validation images with what was chosen, and score the test images once."
     (data, grid, size, seed, num_workers, _), start = how, time.perf_counter()
@@ -297,7 +294,7 @@ def _finish(network: nn.Module, how: tuple, journal: Journal, chosen: dict, **ca
                   augmentation=repr(supervised_policy(size).crop))
     seconds = time.perf_counter() - start + sum(entry["seconds"] for entry in journal.tried)
     trained = (len(grid.points) + 1) * grid.steps * grid.bs
-    return transfer_result(scores, data, card | _speed(seconds, trained))
+    return transfer_result(scores, data, card | speed(seconds, trained))
 
 # %% ../nbs/12b_transfer.ipynb #fac48ac3
 _SETTINGS = {"transfer, linear": "linear", "transfer, fine-tuning": "fine-tuning"}

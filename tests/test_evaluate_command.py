@@ -2,8 +2,10 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torchvision
 from PIL import Image
@@ -11,9 +13,13 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
 from simclr_nb.cli import evaluate
+from simclr_nb.datasets import TRANSFER_RESULTS
 from simclr_nb.encoder import create_encoder, save_encoder
 from simclr_nb.protocols import EvaluationConfig, run_evaluation
 from simclr_nb.result import load_result
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from miniatures import MINIATURES
 
 DIGITS = ["--data", "digits", "--n-train", "200", "--n-valid", "100", "--workers", "0"]
 
@@ -49,7 +55,6 @@ def test_resnet50_of_torchvision(command, tmp_path):
 
 
 def test_network_of_timm(command, tmp_path):
-    timm = pytest.importorskip("timm")
     save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "theirs.safetensors")
     options = "--arch timm/resnet10t --size 32 --protocol knn --out run".split()
     code, _, err = command("theirs.safetensors", *options, *DIGITS)
@@ -89,13 +94,28 @@ def test_goes_on_after_a_kill(command, encoder, tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, encoder, *options], cwd=tmp_path,
                           capture_output=True, timeout=120)
     assert done.returncode == -9
-    written = {path.stem: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    written = {path.stem: path.read_bytes() for path in (tmp_path / "run").glob("*.json")}
     assert set(written) == {"evaluation", "knn"}
     assert command(encoder, *options)[0] == 0
-    assert {path.stem for path in (tmp_path / "run").iterdir()} == {"evaluation", "knn", "logistic"}
+    found = {path.name for path in (tmp_path / "run").iterdir()}
+    assert found == {"evaluation.json", "knn.json", "logistic.json", "report.html"}
     for name, content in written.items():
         assert (tmp_path / f"run/{name}.json").read_bytes() == content
     assert json.loads(written["evaluation"])["weights_sha256"]
+
+
+def test_report_shows_results_cards_and_the_papers_numbers(encoder, tmp_path):
+    MINIATURES["flowers102"](tmp_path)
+    config = EvaluationConfig(str(encoder), "digits", "knn,transfer", size=8, n_train=200,
+                              n_valid=100, transfer="flowers102", root=str(tmp_path), workers=0,
+                              out=str(tmp_path / "run"))
+    run = run_evaluation(config)
+    page = (run.folder / "report.html").read_text()
+    for name, result in run.results.items():
+        assert f"{name}, " in page and f"{result.value:.1%}" in page and "peak_memory_mib" in page
+    paper = TRANSFER_RESULTS[1, "linear", "SimCLR"]["flowers102"]
+    assert f"<td>{paper:.1f}</td>" in page
+    assert str(run).endswith(f"report: {run.folder / 'report.html'}")
 
 
 def test_other_settings_get_another_folder(encoder, tmp_path, monkeypatch):

@@ -127,6 +127,19 @@ def test_every_training_gets_the_grid_and_the_momentum_of_its_own_images(monkeyp
     assert result.card["bn_momentum"] == bn_momentum(40_064)
 
 
+@pytest.mark.parametrize("protocol", ["linear", "fine-tuning"])
+def test_what_is_difficult_to_see_teaches_nothing(digits, protocol):
+    data = several_answers(digits)
+    def other(split): return replace(split, labels=split.labels | split.difficult.long())
+    changed = replace(data, train=other(data.train), valid=other(data.valid))
+    assert not torch.equal(changed.fit.labels, data.fit.labels)
+    first, second = (PROTOCOLS[protocol](small_encoder(), d) for d in (data, changed))
+    assert first.value == second.value and torch.equal(first.correct, second.correct)
+    plain = replace(data, train=replace(changed.train, difficult=None),
+                    valid=replace(changed.valid, difficult=None))
+    assert PROTOCOLS[protocol](small_encoder(), plain).value != first.value
+
+
 def test_the_optimiser_is_nesterov_momentum():
     opt = transfer.Recipe(10, 16, 0.1, 1e-3).create_optimizer([nn.Parameter(torch.ones(2, 2))])
     group = opt.param_groups[0]
