@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['ViewsCallback', 'auto_precision', 'PrecisionCallback', 'ScheduleCallback', 'FiniteLossCallback', 'RepresentCallback',
-           'ProbeCallback', 'KNNCallback', 'callback_metric']
+           'ProbeCallback', 'KNNCallback', 'callback_metric', 'HistoryCallback']
 
-# %% ../nbs/09_callback.ipynb #78073eb9
+# %% ../nbs/09_callback.ipynb #f54d1e3b
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from .augment import TwoViews
 from .data import clean_loader
 from .diagnose import knn_predict, represent
+from .dist import rank
+from .encoder import write_atomic
 from .optim import warmup_cosine
 from fastai.callback.core import CancelBatchException, Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
@@ -99,7 +103,7 @@ class ScheduleCallback(Callback):
             lr = warmup_cosine(self.train_iter, self.peak_lr, self.warmup_steps, self.total_steps)
             self.opt.set_hyper("lr", lr)
 
-# %% ../nbs/09_callback.ipynb #b5b946d0
+# %% ../nbs/09_callback.ipynb #76774532
 class FiniteLossCallback(Callback):
     "Stop a diverged run with an error that says what to try."
 
@@ -110,8 +114,17 @@ class FiniteLossCallback(Callback):
     def _check(self, values: Tensor, what: str):
         if not self.training or torch.isfinite(values).all(): return
         lr = self.opt.hypers[-1]["lr"]
-        place = f"epoch {self.epoch}, step {self.iter}, learning rate {lr:.3g}"
-        raise FloatingPointError(f"the {what} not finite at {place}: lower the learning rate")
+        place = f"epoch {self.epoch}, step {self.iter}, learning rate {lr:.3g}{self._images()}"
+        saved = getattr(getattr(self, "checkpoint", None), "saved", None)
+        last = f"; the last good state is {saved}" if saved else ""
+        advice = "lower the learning rate"
+        raise FloatingPointError(f"the {what} not finite at {place}: {advice}{last}")
+
+    def _images(self) -> str:
+        "Rank and images of the batch, where the loader knows them."
+        if not hasattr(type(self.dl), "plan"): return ""
+        rows = self.dl.plan(self.dl.epoch)[0][self.iter].tolist()
+        return f", rank {rank()}, images {', '.join(map(str, rows[:8]))}, ..."
 
 # %% ../nbs/09_callback.ipynb #a740a792
 class _Measurement(Callback):
@@ -137,7 +150,7 @@ class RepresentCallback(_Measurement):
     def _represent(self, i: int) -> tuple[Tensor, Tensor]:
         return represent(self.model.encoder, clean_loader(self.dls, i, n=self.max_images))
 
-# %% ../nbs/09_callback.ipynb #48bbfc64
+# %% ../nbs/09_callback.ipynb #85cafccb
 class ProbeCallback(_Measurement):
     "Linear classifier on detached `h`, trained along; column `probe` of the table."
     order = 30
@@ -148,6 +161,19 @@ class ProbeCallback(_Measurement):
         lr: float = 1e-2,  # Learning rate of its Adam optimiser at the start
     ):
         self.n_classes, self.lr, self.classifier, self.accuracy = n_classes, lr, None, None
+
+    def state_dict(self) -> dict | None:
+        "Classifier and optimiser; None before the first batch."
+        if self.classifier is None: return None
+        return dict(weights=self.classifier.state_dict(), opt=self.classifier_opt.state_dict())
+
+    def load_state_dict(self, state: dict | None) -> None:
+        "Go to a state."
+        if state is None: return
+        dim = state["weights"]["1.weight"].shape[1]
+        self._start(torch.empty(0, dim, device=next(self.model.parameters()).device))
+        self.classifier.load_state_dict(state["weights"])
+        self.classifier_opt.load_state_dict(state["opt"])
 
     def _start(self, h: Tensor):
         layers = nn.BatchNorm1d(h.shape[1], affine=False), nn.Linear(h.shape[1], self.n_classes)
@@ -207,3 +233,21 @@ class _Accuracy:
 
     def __init__(self, callback: Callback): self.callback = callback
     def __call__(self): return self.callback.accuracy
+
+# %% ../nbs/09_callback.ipynb #83e48847
+class HistoryCallback(Callback):
+    "Write the table to a CSV file after each epoch, whole or not at all."
+    order = 60  # after the row is complete
+
+    def __init__(
+        self,
+        file: str | Path,  # To write; its folder must exist
+    ):
+        self.file = Path(file)
+
+    def after_epoch(self):
+        old = self.file.read_text().splitlines()[1:] if self.file.is_file() else []
+        kept = [row for row in old if int(row.split(",")[0]) < self.epoch]
+        rows = [",".join(map(str, row)) for row in (self.recorder.metric_names, self.recorder.log)]
+        text = "\n".join([rows[0], *kept, rows[1]]) + "\n"
+        write_atomic(self.file, text.encode())

@@ -194,7 +194,7 @@ def linear_classifier(
         classifier.bias.zero_()
     return classifier
 
-# %% ../nbs/10f_classifier.ipynb #9913175e
+# %% ../nbs/10f_classifier.ipynb #86e9a204
 def _watched(batches: Iterable, steps: int, progress: bool) -> Iterator:
     "Batches, with a progress bar that says images/s and ETA."
     if not progress: return (yield from batches)
@@ -206,7 +206,7 @@ def _watched(batches: Iterable, steps: int, progress: bool) -> Iterator:
 
 
 def _loss(logits: Tensor, y: Tensor) -> Tensor:
-    "Cross-entropy; with labels `(N, C)`, that of each class being there or not, summed; -1: neither."
+    "Cross-entropy; with labels `(N, C)`, of each class being there or not, summed; -1: neither."
     if y.ndim == 1: return F.cross_entropy(logits, y)
     target = y.clamp_min(0).to(logits.dtype)
     bits = F.binary_cross_entropy_with_logits(logits, target, reduction="none")

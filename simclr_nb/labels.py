@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['label_fraction', 'save_label_list', 'load_label_list', 'match_list']
 
-# %% ../nbs/03b_labels.ipynb #20c22514
+# %% ../nbs/03b_labels.ipynb #9079b86a
 import math
 import os
 from collections import Counter, defaultdict
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .data import IMAGE_SUFFIXES
+from .index import IMAGE_SUFFIXES
 from .encoder import write_atomic
 
 # %% ../nbs/03b_labels.ipynb #250a9c0c

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASE_LR', 'CURVES', 'contrastive_top1', 'SimCLRLearner', 'simclr_learner']
 
-# %% ../nbs/10_learner.ipynb #d60ccdb5
+# %% ../nbs/10_learner.ipynb #f770b164
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,9 @@ from simclr_nb.callback import (
     auto_precision,
     callback_metric,
 )
+from .checkpoint import CheckpointCallback, ResumableLearner
 from .data import SimCLRDataLoaders
+from .dist import world_size
 from simclr_nb.encoder import (
     adapt_encoder,
     create_encoder,
@@ -39,7 +41,6 @@ from .optim import OPTIMIZERS, create_optimizer, scale_lr
 from .show import plot_history, view_pairs
 from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from matplotlib.figure import Figure
@@ -60,10 +61,9 @@ def contrastive_top1(
     "Share of first views whose own second view is the most similar of all; a column of the table."
     return contrastive_accuracy(out.z)
 
-# %% ../nbs/10_learner.ipynb #3b9ee9ed
-class SimCLRLearner(Learner):
+# %% ../nbs/10_learner.ipynb #71f55000
+class SimCLRLearner(ResumableLearner):
     "fastai `Learner` that pretrains an encoder by contrasting views; made by `simclr_learner`."
-
     def pretrain(
         self,
         epochs: int,  # Passes over the training images
@@ -71,16 +71,20 @@ class SimCLRLearner(Learner):
         scaling: str = "sqrt",  # How it grows with the batch size: "sqrt", "linear" or "none"
         warmup_epochs: float | None = None,  # Length of the warm-up; 10, at most a tenth of the run
         cbs: list | None = None,  # More callbacks for this run
+        checkpoints: str | Path | None = None,  # Folder to save the state of the run in
+        resume: bool = False,  # Go on with the latest state in `checkpoints`, if there is one
     ) -> None:
         "Pretrain with warm-up and cosine decay; raises `ValueError` for impossible settings."
         if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
         if lr is None and scaling == "none": raise ValueError("scaling 'none' needs a value for lr")
         lr = BASE_LR.get(scaling, 0.0) if lr is None else lr
-        peak_lr = scale_lr(lr, self.dls.train.bs, scaling)
+        peak_lr = scale_lr(lr, self.dls.train.bs * world_size(), scaling)
         warmup = min(10, epochs / 10) if warmup_epochs is None else warmup_epochs
         if not 0 <= warmup <= epochs:
             raise ValueError(f"warmup_epochs must be 0 to {epochs}, got {warmup}")
-        self.fit(epochs, lr=peak_lr, cbs=L(cbs) + ScheduleCallback(peak_lr, warmup))
+        if resume and checkpoints is None: raise ValueError("resume needs a folder: checkpoints")
+        saving = [] if checkpoints is None else [CheckpointCallback(checkpoints, resume=resume)]
+        self.fit(epochs, lr=peak_lr, cbs=L(cbs) + ScheduleCallback(peak_lr, warmup) + L(saving))
 
     def one_batch(self, i: int, b: tuple) -> None:
         "As fastai's, and mixed precision ends even if the batch fails."

@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['RunConfig', 'compare_with_baselines', 'report_html', 'Run', 'run_pretraining']
 
-# %% ../nbs/11b_run.ipynb #ad981534
+# %% ../nbs/11b_run.ipynb #330ac518
 import json
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from html import escape
 from pathlib import Path
+from shutil import rmtree
 
 import torch
 from torch import Tensor
 
 from . import __version__
+from .callback import HistoryCallback
+from .checkpoint import CheckpointCallback
 from .data import SimCLRDataLoaders, clean_loader, simclr_dls
 from .diagnose import covariance_spectrum, represent, tsne
 from .encoder import create_encoder, write_atomic
@@ -32,10 +35,9 @@ from .loss import NTXent
 from .optim import scale_lr
 from .result import Result, environment, speed
 from .show import figure_html, plot_embeddings, plot_spectra, view_pairs
-from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
 
-# %% ../nbs/11b_run.ipynb #4e87edbf
+# %% ../nbs/11b_run.ipynb #ebd9f35e
 @dataclass
 class RunConfig:
     "Settings of a pretraining run."
@@ -59,6 +61,8 @@ class RunConfig:
     n_valid: int | None = None  # Use only so many validation images
     skip_bad: bool = False  # Skip damaged image files, count and list them, instead of stopping
     out: str | None = None  # Folder of the run; a new one under "runs" by default
+    resume: bool = False  # Go on with the run in that folder, or begin it if there is none
+    checkpoint_minutes: float = 10.0  # Save the state of the run so often, and after each epoch
 
 # %% ../nbs/11b_run.ipynb #b5639cde
 def _check_empty(folder: Path) -> None:
@@ -66,7 +70,7 @@ def _check_empty(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: give another one, or remove it")
 
-# %% ../nbs/11b_run.ipynb #641ea642
+# %% ../nbs/11b_run.ipynb #a1eb2364
 def _check(config: RunConfig) -> None:
     "Refuse at once, before any image is read, what would fail later."
     if config.width > 64: raise ValueError(f"width must be at most 64, got {config.width}")
@@ -75,7 +79,9 @@ def _check(config: RunConfig) -> None:
     scale_lr(config.lr or 0.0, max(config.bs or 256, 1), config.scaling)
     if config.lr is None and config.scaling == "none":
         raise ValueError("scaling 'none' needs a learning rate: give lr (--lr)")
-    if config.out is not None: _check_empty(Path(config.out))
+    if config.resume and config.out is None: raise ValueError("resume needs a folder: out (--out)")
+    begun = config.resume and (Path(config.out) / "config.json").is_file()
+    if config.out is not None and not begun: _check_empty(Path(config.out))
     for name in ("epochs", "n_train", "n_valid"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -187,7 +193,7 @@ def _figures(
     figures[caption] = plot_spectra({name: covariance_spectrum(h) for name, h in hs.items()})
     return {c: figure_html(f, c, photo="views" in c) for c, f in figures.items()}
 
-# %% ../nbs/11b_run.ipynb #341fd755
+# %% ../nbs/11b_run.ipynb #c07ae756
 def report_html(
     title: str,  # Heading of the page
     figures: dict[str, str],  # Caption to HTML image
@@ -197,8 +203,8 @@ def report_html(
     "Report of a run: accuracy table, figures, settings, and the card of each result."
     parts = []
     if results:
-        note = "<p><small>Accuracy on held-out images, with 95% intervals.</small></p>"
-        parts += ["<h2>What was learned</h2>", _table(results), note]
+        note = "On held-out images, with 95% intervals; each card names its metric."
+        parts += ["<h2>What was learned</h2>", _table(results), f"<p><small>{note}</small></p>"]
     for caption, image in figures.items():
         parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
     parts += ["<h2>Settings</h2>", *(_lines(name, value) for name, value in settings.items())]
@@ -207,11 +213,13 @@ def report_html(
         parts += [_lines(f"{name}, {protocol}: {r}", r.card) for name, r in column.items()]
     return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(parts))
 
-# %% ../nbs/11b_run.ipynb #4716d249
+# %% ../nbs/11b_run.ipynb #d1dd7c4b
 def _pretrain(learn: SimCLRLearner, config: RunConfig, folder: Path) -> dict:
     "Train and save the encoder; what the card says of it."
     start = time.perf_counter()
-    learn.pretrain(config.epochs, config.lr, config.scaling, cbs=[CSVLogger()])
+    saving = CheckpointCallback(folder / "state", config.checkpoint_minutes, resume=config.resume)
+    cbs = [HistoryCallback(folder / "history.csv"), saving]
+    learn.pretrain(config.epochs, config.lr, config.scaling, cbs=cbs)
     seconds = time.perf_counter() - start
     n_images = config.epochs * len(learn.dls.train) * learn.dls.train.bs
     learn.save_encoder(folder / "encoder.safetensors", run=asdict(config))
@@ -254,6 +262,32 @@ def _write_results(folder: Path, data: str, figures: dict, results: dict, settin
     page = report_html(f"SimCLR on {data}", figures, results, settings)
     write_atomic(folder / "report.html", page.encode())
 
+# %% ../nbs/11b_run.ipynb #57f83c44
+_FREE = {"out", "resume", "workers", "checkpoint_minutes"}  # may change when a run goes on
+
+
+def _keep_settings(folder: Path, settings: dict) -> None:
+    "Write `config.json`; of a run that goes on, compare it; raises `ValueError` where they differ."
+    path, own = folder / "config.json", json.loads(json.dumps(settings))
+    if path.is_file():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        for part in ("config", "data", "policy"):
+            old, new = ({"policy": s[part]} if part == "policy" else s[part] for s in (saved, own))
+            for name in sorted((old.keys() | new.keys()) - _FREE):
+                if old.get(name) == new.get(name): continue
+                raise ValueError(f"{folder} holds a run with {name} {old.get(name)!r}, not "
+                                 f"{new.get(name)!r}: use its settings, or another folder (out)")
+    write_atomic(path, json.dumps(settings, indent=2).encode())
+
+
+def _finished(folder: Path) -> Run | None:
+    "The run of a folder, if it has come to its end."
+    if not (folder / "report.html").is_file(): return None
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = {p: {n: Result.from_json(json.dumps(r)) for n, r in column.items()}
+               for p, column in found.items()}
+    return Run(folder, results)
+
 # %% ../nbs/11b_run.ipynb #bf298bd5
 def _announce(config: RunConfig, info: dict, folder: Path) -> None:
     "Say what is about to happen."
@@ -262,11 +296,11 @@ def _announce(config: RunConfig, info: dict, folder: Path) -> None:
     if info["skipped"]:
         print(f"skipped {len(info['skipped'])} damaged files, listed in {folder / 'config.json'}")
 
-# %% ../nbs/11b_run.ipynb #83f80e34
+# %% ../nbs/11b_run.ipynb #d05facff
 def run_pretraining(
     config: RunConfig,  # Settings
 ) -> Run:
-    "Pretrain, evaluate, write a run folder; raises `ValueError` or `OSError` for bad input."
+    "Pretrain, evaluate, write a run folder, or go on; raises `ValueError` or `OSError`."
     _check(config)
     set_seed(config.seed)
     dls = _loaders(config)
@@ -277,11 +311,13 @@ def run_pretraining(
     folder = learn.path = _new_folder(config)
     about = dict(data=dls.info, policy=repr(dls.policy), version=__version__)
     settings = dict(config=asdict(config), **about)
-    write_atomic(folder / "config.json", json.dumps(settings, indent=2).encode())
+    _keep_settings(folder, settings)
+    if run := _finished(folder): return run
     _announce(config, dls.info, folder)
     views = learn.views.two_views(dls.train.one_batch()[0][:8])
     settings["pretraining"] = _pretrain(learn, config, folder)
     untrained = random_encoder(learn.model.encoder.config, config.seed).to(dls.device)
     results = _evaluate(learn, untrained, settings) if len(dls.classes) > 1 else {}
     _write_results(folder, dls.info["data"], _figures(learn, untrained, views), results, settings)
+    rmtree(folder / "state")  # the run is over
     return Run(folder, results)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "simclr_nb"
 MAP = """show crop color distort augment index shards loader data pack datasets encoder labels head
          loss alternatives dist microbatch optim
-         diagnose transformation callback learner result significance comparison logistic classifier
+         diagnose transformation callback checkpoint learner result significance comparison logistic classifier
          evaluate run search finetune transfer protocols study amdim multiview convert cli""".split()
 DISTRIBUTION = {"sklearn": "scikit-learn", "PIL": "pillow"}  # where an import has another name
 INDIRECT = {"accelerate"}  # declared, not imported by us: fastai's distributed training does
