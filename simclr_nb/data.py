@@ -7,7 +7,7 @@ __all__ = ['NAMED_SOURCES', 'read_image', 'find_images', 'check_images', 'ImageA
            'central_square', 'CleanFiles', 'ImageFiles', 'Source', 'folder_source', 'shard_source', 'digits_source',
            'cifar10_source', 'find_source', 'SimCLRDataLoaders', 'simclr_dls', 'clean_loader', 'label_subset']
 
-# %% ../nbs/02_data.ipynb #68eb8308
+# %% ../nbs/02_data.ipynb #c843d879
 import os
 import random
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .augment import Policy, create_policy
 from .crop import RandomResizedCrop, crop_resize
-from .index import Items, index_images
+from .listing import Items, index_images
 from .loader import EpochLoader
 from .shards import ShardIndex, is_shards, open_shards, read_manifest
 from .show import image_grid

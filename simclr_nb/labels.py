@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['label_fraction', 'save_label_list', 'load_label_list', 'match_list']
 
-# %% ../nbs/03b_labels.ipynb #9079b86a
+# %% ../nbs/03b_labels.ipynb #d90aa605
 import math
 import os
 from collections import Counter, defaultdict
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .index import IMAGE_SUFFIXES
+from .listing import IMAGE_SUFFIXES
 from .encoder import write_atomic
 
 # %% ../nbs/03b_labels.ipynb #250a9c0c

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_shards', 'verify_shards']
 
-# %% ../nbs/02b_pack.ipynb #dd9e3ea6
+# %% ../nbs/02b_pack.ipynb #3aac5752
 import hashlib
 import io
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 from fastcore.basics import chunked
 
 from .data import ImageArrays, Source, _probe, _watch, find_source
-from .index import write_cache
+from .listing import write_cache
 from .shards import index_about, read_manifest, scan_shards
 
 # %% ../nbs/02b_pack.ipynb #fd25789a

@@ -6,7 +6,7 @@
 __all__ = ['shard_members', 'fetch', 'expand_shards', 'is_shards', 'ShardImage', 'ShardIndex', 'read_manifest', 'scan_shards',
            'index_about', 'open_shards']
 
-# %% ../nbs/01c_shards.ipynb #acd3f7aa
+# %% ../nbs/01c_shards.ipynb #862450e7
 import hashlib
 import io
 import json
@@ -24,7 +24,7 @@ from threading import Thread
 import numpy as np
 from fastprogress.fastprogress import progress_bar
 
-from .index import IMAGE_SUFFIXES, Items, Strings, cache_folder, keep_cache, read_cache
+from .listing import IMAGE_SUFFIXES, Items, Strings, cache_folder, keep_cache, read_cache
 
 # %% ../nbs/01c_shards.ipynb #bd1493ab
 def _bad_shard(address: str, reason: object) -> ValueError:

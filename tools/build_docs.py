@@ -81,7 +81,9 @@ def stage(nbs: Path, dst: Path):
         rel = src.relative_to(nbs)
         if src.name != "_quarto.yml" and any(part[0] in "._" for part in rel.parts): continue
         (out := dst / rel).parent.mkdir(parents=True, exist_ok=True)
-        if src.suffix == ".ipynb": write_nb(processed(src), bare(out))
+        if src.suffix == ".ipynb":
+            if bare(out).exists(): raise SystemExit(f"{rel}: another notebook is {bare(rel)} too")
+            write_nb(processed(src), bare(out))
         elif src.suffix == ".yml": out.write_text(renumbered(src.read_text("utf-8")), "utf-8")
         else: shutil.copy(src, out)
 
