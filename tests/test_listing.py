@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from simclr_nb import index
+from simclr_nb import listing
 from simclr_nb.listing import IMAGE_SUFFIXES, index_images
 
 
 @pytest.fixture
-def calm(monkeypatch): monkeypatch.setattr(index, "_RACY", 0)  # young folders are kept too
+def calm(monkeypatch): monkeypatch.setattr(listing, "_RACY", 0)  # young folders are kept too
 
 
 def walked(folder: Path) -> list[Path]:
@@ -87,7 +87,7 @@ def test_20_000_files_are_scanned_once(tmp_path, monkeypatch, calm):
     make(tmp_path / "data", [f"{i % 100:02}/{i}.jpg" for i in range(20_000)])
     first = index_images(tmp_path / "data", cache=tmp_path / "cache")
     assert kept(tmp_path / "cache")[0].stat().st_size < 50 * 20_000
-    monkeypatch.setattr(index, "_scan", None)
+    monkeypatch.setattr(listing, "_scan", None)
     second = index_images(tmp_path / "data", cache=tmp_path / "cache")
     assert list(second) == list(first) == walked(tmp_path / "data")
     assert len(pickle.dumps(second)) < 60 * 20_000  # what a spawned worker gets
@@ -124,8 +124,8 @@ def test_a_change_is_noticed_even_with_its_time_set_back(tmp_path, calm, change)
 def test_a_folder_that_has_just_changed_is_scanned_again(tmp_path):
     "Two files within one tick of the clock: the stamp of the first must not hide the second."
     make(tmp_path / "data", ["a/1.jpg"])
-    scan = index._scan(str(tmp_path / "data"))[0]
-    assert not scan["stamps"].any() and not index._fresh(str(tmp_path / "data"), scan)
+    scan = listing._scan(str(tmp_path / "data"))[0]
+    assert not scan["stamps"].any() and not listing._fresh(str(tmp_path / "data"), scan)
 
 
 class Bomb:
