@@ -33,7 +33,8 @@ cfg = ini["DEFAULT"]
 REQUIREMENTS = [Requirement(r) for r in cfg["requirements"].split()]
 DEV = [Requirement(r) for r in cfg["dev_requirements"].split()]
 MODULES = sorted(p for p in PACKAGE.glob("*.py") if p.stem != "_modidx")
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if "checkpoint" not in str(p))
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb")
+                   if ".ipynb_checkpoints" not in p.parts)
 
 
 def tracked() -> list[Path]:
