@@ -272,7 +272,8 @@ def test_a_shard_that_cannot_be_reached(folder, tmp_path, faulty, fault, error, 
         assert not list((tmp_path / "copies").glob("*.tar*.part"))
     else: assert len(open_shards(address, cache=tmp_path)) == 8
     assert time.perf_counter() - start < 20
-    assert len(Faulty.log.read_text().splitlines()) == calls
+    noted = len(Faulty.log.read_text().splitlines())
+    assert noted == calls or (fault == "hang" and 0 < noted < calls)  # given up before it began
 
 
 def test_unreachable_in_a_worker(folder, tmp_path, faulty):
