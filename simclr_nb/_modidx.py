@@ -765,6 +765,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'simclr_nb.result': { 'simclr_nb.result.Result': ('result.html#result', 'simclr_nb/result.py'),
                                   'simclr_nb.result.Result.__post_init__': ('result.html#result.__post_init__', 'simclr_nb/result.py'),
                                   'simclr_nb.result.Result.__str__': ('result.html#result.__str__', 'simclr_nb/result.py'),
+                                  'simclr_nb.result.Result.from_dict': ('result.html#result.from_dict', 'simclr_nb/result.py'),
                                   'simclr_nb.result.Result.from_json': ('result.html#result.from_json', 'simclr_nb/result.py'),
                                   'simclr_nb.result.Result.missing': ('result.html#result.missing', 'simclr_nb/result.py'),
                                   'simclr_nb.result.Result.save': ('result.html#result.save', 'simclr_nb/result.py'),

@@ -6,7 +6,7 @@
 __all__ = ['random_state', 'set_random_state', 'find_checkpoints', 'write_checkpoint', 'read_checkpoint', 'latest_checkpoint',
            'learner_state', 'set_learner_state', 'ResumableLearner', 'CheckpointCallback']
 
-# %% ../nbs/09b_checkpoint.ipynb #7a771fba
+# %% ../nbs/09b_checkpoint.ipynb #8e68c4a9
 import hashlib
 import io
 import pickle
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 
 from .encoder import write_atomic
 from .loader import EpochLoader

@@ -263,7 +263,7 @@ class EvaluationRun:
         rows = [f"{name:{width}}  {result}" for name, result in self.results.items()]
         return "\n".join([*rows, f"report: {self.folder / 'report.html'}"])
 
-# %% ../nbs/12c_protocols.ipynb #1c9e7753
+# %% ../nbs/12c_protocols.ipynb #a81f3c15
 def run_evaluation(
     config: EvaluationConfig,  # What to evaluate, and how
 ) -> EvaluationRun:
@@ -272,13 +272,14 @@ def run_evaluation(
     options = dict(size=config.size or 224) if "/" in (config.arch or "") else {}
     encoder = open_encoder(config.encoder, config.arch, config.normalize, **options)
     folder, results = _open_folder(config), {}
-    for name, task in _tasks(config, encoder, folder).items():
+    tasks = _tasks(config, encoder, folder)
+    for name, task in tasks.items():
         path = folder / f"{name}.json"
-        if path.is_file(): results[name] = load_result(path)
+        if known := path.is_file(): results[name] = load_result(path)
         else:
             print(f"{name} ...", flush=True)
             results[name] = task()
             results[name].save(path)
-        _write_report(folder, config, results)
+        if not known or len(results) == len(tasks): _write_report(folder, config, results)
         print(f"{name:20} {results[name]}", flush=True)
     return EvaluationRun(folder, results)

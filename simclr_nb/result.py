@@ -92,7 +92,7 @@ def _check(result) -> None:
     if abs(mean := result.correct.double().mean().item() - value) > 1e-6:
         raise ValueError(f"value {value} differs from the mean of correct by {-mean:.6f}")
 
-# %% ../nbs/10b_result.ipynb #b9b0c5f3
+# %% ../nbs/10b_result.ipynb #2b3a897c
 @dataclass
 class Result:
     "A measured accuracy or mAP, its 95% interval and its card; raises `ValueError` for bad values."
@@ -141,13 +141,18 @@ class Result:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> "Result":
-        "The result that `to_json` wrote; raises `ValueError` for any other text."
-        try:
-            given = json.loads(text)
-            return cls(**given | {k: _unpack(given.get(k)) for k in ("correct", "y")})
+    def from_dict(cls, given: dict) -> "Result":
+        "The result that `to_dict` gave; raises `ValueError` for anything else."
+        try: return cls(**given | {k: _unpack(given.get(k)) for k in ("correct", "y")})
         except (TypeError, KeyError, ValueError, AttributeError) as e:
             raise ValueError(f"not a saved result, or damaged: {e}") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> "Result":
+        "The result that `to_json` wrote; raises `ValueError` for any other text."
+        try: given = json.loads(text)
+        except ValueError as e: raise ValueError(f"not a saved result, or damaged: {e}") from None
+        return cls.from_dict(given)
 
     def save(self, path: str | Path) -> Path:
         "Write it as JSON, whole or not at all; raises `FileNotFoundError` without a folder."

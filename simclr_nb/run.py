@@ -262,7 +262,7 @@ def _write_results(folder: Path, data: str, figures: dict, results: dict, settin
     page = report_html(f"SimCLR on {data}", figures, results, settings)
     write_atomic(folder / "report.html", page.encode())
 
-# %% ../nbs/11b_run.ipynb #57f83c44
+# %% ../nbs/11b_run.ipynb #dc9f7ff2
 _FREE = {"out", "resume", "workers", "checkpoint_minutes"}  # may change when a run goes on
 
 
@@ -284,9 +284,9 @@ def _finished(folder: Path) -> Run | None:
     "The run of a folder, if it has come to its end."
     if not (folder / "report.html").is_file(): return None
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    results = {p: {n: Result.from_json(json.dumps(r)) for n, r in column.items()}
-               for p, column in found.items()}
-    return Run(folder, results)
+    for column in found.values():
+        for name, result in column.items(): column[name] = Result.from_dict(result)
+    return Run(folder, found)
 
 # %% ../nbs/11b_run.ipynb #bf298bd5
 def _announce(config: RunConfig, info: dict, folder: Path) -> None:

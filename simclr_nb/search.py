@@ -98,7 +98,7 @@ def _check_settings(path: Path, old: dict, new: dict) -> None:
         raise ValueError(f"{path} was begun with other settings: {'; '.join(changed)}. "
                          "Go on with the old ones, or give another folder")
 
-# %% ../nbs/12a_search.ipynb #395dba94
+# %% ../nbs/12a_search.ipynb #f7dd8159
 class Journal:
     "What a search has tried; raises `ValueError` if begun with other settings, or damaged."
 
@@ -134,7 +134,7 @@ class Journal:
     def result(self) -> Result | None:
         "The final result, once there is one."
         found = [e["result"] for e in self.entries if "result" in e]
-        return Result.from_json(json.dumps(found[-1])) if found else None
+        return Result.from_dict(found[-1]) if found else None
 
 # %% ../nbs/12a_search.ipynb #2726b7f6
 def search(
