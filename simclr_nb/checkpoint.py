@@ -6,7 +6,7 @@
 __all__ = ['random_state', 'set_random_state', 'find_checkpoints', 'write_checkpoint', 'read_checkpoint', 'latest_checkpoint',
            'learner_state', 'set_learner_state', 'ResumableLearner', 'CheckpointCallback']
 
-# %% ../nbs/09b_checkpoint.ipynb #8e68c4a9
+# %% ../nbs/09b_checkpoint.ipynb #6848767f
 import hashlib
 import io
 import pickle
@@ -22,6 +22,8 @@ import torch
 
 from .encoder import write_atomic
 from .loader import EpochLoader
+from .microbatch import bare_model
+from .processes import all_objects, any_rank, from_main, is_main, rank, world_size
 from fastai.callback.core import CancelEpochException, Callback
 from fastai.learner import Learner
 from fastcore.foundation import L
@@ -128,14 +130,16 @@ def _set_recorder_state(recorder, state: dict) -> None:
     recorder.losses = [] if state["losses"] is None else list(state["losses"].unbind())
     recorder.smooth_loss.count, recorder.smooth_loss.val = state["smooth"]
 
-# %% ../nbs/09b_checkpoint.ipynb #75b5ece4
+# %% ../nbs/09b_checkpoint.ipynb #639904d1
 def _about(learn) -> dict:
     "Settings without which a state means nothing."
     schedule = next((cb for cb in learn.cbs if cb.name == "schedule"), None)
+    encoder, loss = bare_model(learn.model).encoder, learn.loss_func
+    loss = getattr(loss, "local", loss)  # in a run of many processes
     return dict(
-        epochs=learn.n_epoch, encoder=str(getattr(learn.model.encoder, "config", "unknown")),
-        optimizer=type(getattr(learn.opt, "opt", learn.opt)).__name__, loss=str(learn.loss_func),
-        temperature=getattr(learn.loss_func, "temperature", None),
+        epochs=learn.n_epoch, encoder=str(getattr(encoder, "config", "unknown")),
+        optimizer=type(getattr(learn.opt, "opt", learn.opt)).__name__, loss=str(loss),
+        temperature=getattr(loss, "temperature", None),
         peak_lr=getattr(schedule, "peak_lr", None), batches=len(learn.dls.train))
 
 
@@ -146,7 +150,7 @@ def _check_about(learn, saved: dict) -> None:
             raise ValueError(f"the checkpoint is of a run with {name} {saved.get(name)}, this one"
                              f" has {own}: use the same settings, or another folder")
 
-# %% ../nbs/09b_checkpoint.ipynb #0baa5df8
+# %% ../nbs/09b_checkpoint.ipynb #7d5f13ba
 def learner_state(
     learn: Learner,  # In a fit
     steps: int,  # Training steps done in this epoch
@@ -155,21 +159,21 @@ def learner_state(
     loader, scaler = learn.dls.train, getattr(learn, "scaler", None)
     return dict(
         about=_about(learn), epoch=learn.epoch, steps=steps, train_iter=learn.train_iter,
-        pct_train=learn.pct_train, model=learn.model.state_dict(), opt=learn.opt.state_dict(),
-        random=random_state(), scaler=None if scaler is None else scaler.state_dict(),
+        pct_train=learn.pct_train, model=bare_model(learn.model).state_dict(),
+        opt=learn.opt.state_dict(), random=all_objects(random_state()), scaler=None if scaler is None else scaler.state_dict(),
         loader=loader.state_dict() if isinstance(loader, EpochLoader) else None,
         order=loader.rng.getstate(),
         callbacks={name: cb.state_dict() for name, cb in _stateful(learn).items()},
         recorder=_recorder_state(learn.recorder))
 
-# %% ../nbs/09b_checkpoint.ipynb #561c4f87
+# %% ../nbs/09b_checkpoint.ipynb #34a20758
 def set_learner_state(
     learn: Learner,  # A `ResumableLearner` of the same settings, in a fit that has just begun
     state: dict,  # From `learner_state`
 ) -> None:
     "Go to a state, the random one when training begins; raises `ValueError` for another run's."
     _check_about(learn, state["about"])
-    learn.model.load_state_dict(state["model"])
+    bare_model(learn.model).load_state_dict(state["model"])
     learn.opt.load_state_dict(state["opt"])
     if state["scaler"] is not None: learn.scaler.load_state_dict(state["scaler"])
     if state["loader"] is not None: learn.dls.train.load_state_dict(state["loader"])
@@ -179,7 +183,7 @@ def set_learner_state(
     learn.resumed = {name: state[name] for name in ("epoch", "steps", "random", "pct_train")}
     learn.train_iter = state["train_iter"]
 
-# %% ../nbs/09b_checkpoint.ipynb #93e3b022
+# %% ../nbs/09b_checkpoint.ipynb #a3382d5d
 class ResumableLearner(Learner):
     "fastai `Learner` that can go on where another was stopped."
 
@@ -200,11 +204,22 @@ class ResumableLearner(Learner):
     def _resume_epoch(self) -> int:
         "Set what is left; the steps of this epoch that are done."
         state, self.resumed = self.resumed, None
-        set_random_state(state["random"])
+        if len(state["random"]) == world_size(): set_random_state(state["random"][rank()])
+        elif is_main():
+            warnings.warn(f"saved by {len(state['random'])} processes, resumed by {world_size()}:"
+                          " the same images follow, in views drawn anew")
         self.pct_train = state["pct_train"]
         return state["steps"]
 
-# %% ../nbs/09b_checkpoint.ipynb #b80bf2e8
+# %% ../nbs/09b_checkpoint.ipynb #b75ddb24
+def _check_same_folder(state: dict | None, folder: Path) -> None:
+    "Refuse a folder in which the ranks see different checkpoints."
+    seen = all_objects(state and state["train_iter"])
+    if any(step != seen[0] for step in seen):
+        raise ValueError(f"{folder}: the ranks see checkpoints of steps {seen}; use a folder that"
+                         " all nodes share")
+
+# %% ../nbs/09b_checkpoint.ipynb #c9ac85bc
 class CheckpointCallback(Callback):
     "Save all that a run needs to go on; raises `ValueError` for a folder of another run."
     order = 80  # after history, probe and neighbours
@@ -229,6 +244,7 @@ class CheckpointCallback(Callback):
             raise ValueError(f"{self.folder} holds checkpoints of another run: go on with it"
                              " (resume=True), or give another folder")
         state = latest_checkpoint(self.folder)
+        _check_same_folder(state, self.folder)
         if state: set_learner_state(self.learn, state)
         bar = getattr(getattr(self, "progress", None), "mbar", None)
         if state and bar: bar.update(0)  # fastprogress cannot begin in the middle
@@ -238,30 +254,36 @@ class CheckpointCallback(Callback):
         self.handler = signal.signal(signal.SIGTERM, self._stop) if in_main else None
 
     def after_batch(self):
-        if not self.training or self.iter + 1 == self.n_iter: return  # `after_train` is next
+        if self.training and self.iter + 1 == self.n_iter: return  # `after_train` is next
         minutes = (time.monotonic() - self.saved_at) / 60
         due = self.every_steps and self.train_iter % self.every_steps == 0
-        if self.is_stopped or due or minutes >= self.every_minutes: self._save(self.iter + 1)
+        stop, due = any_rank(self.is_stopped, due or minutes >= self.every_minutes)
+        if self.training and (stop or due): self._write(self.iter + 1)
+        self._end(stop)  # in validation: what training did was saved when it was over
 
-    def after_train(self): self._save(self.n_iter)
+    def after_train(self):
+        self._write(self.n_iter)
+        self._end(*any_rank(self.is_stopped))
 
     def after_fit(self):
         if self.handler is not None: signal.signal(signal.SIGTERM, self.handler)
-
-    def _save(self, steps: int) -> None:
-        "Save the state after some steps of this epoch, and end the run if it was asked to."
-        self._write(steps)
-        if self.is_stopped: raise SystemExit(128 + signal.SIGTERM)
+        self._end(*any_rank(self.is_stopped))
 
     def _write(self, steps: int) -> None:
         "Write the state, unless it is spoilt or could not be resumed."
         if steps < self.n_iter and not isinstance(self.dls.train, EpochLoader): return
         if not all(p.isfinite().all() for p in self.model.parameters()): return
-        state = learner_state(self.learn, steps)
-        self.saved = write_checkpoint(self.folder, self.train_iter, state, self.keep)
+        state, error = learner_state(self.learn, steps), None
+        if is_main():
+            try: self.saved = write_checkpoint(self.folder, self.train_iter, state, self.keep)
+            except OSError as e: error = str(e)
+        if error := from_main(error): raise OSError(error)  # on all ranks: none shall wait
         self.saved_at = time.monotonic()
 
-    def _stop(self, *signal_and_frame):
-        print(f"asked to stop (SIGTERM): the state is in {self.folder}", flush=True)
-        self.is_stopped = True
-        if not self.training: raise SystemExit(128 + signal.SIGTERM)  # saved when training ended
+    def _end(self, stop: bool) -> None:
+        "End the process if any was asked to."
+        if not stop: return
+        if is_main(): print(f"asked to stop (SIGTERM): the state is in {self.folder}", flush=True)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _stop(self, *signal_and_frame): self.is_stopped = True

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['config_parser', 'pretrain', 'evaluate']
 
-# %% ../nbs/17_cli.ipynb #418b01fe
+# %% ../nbs/17_cli.ipynb #620da49f
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 
 from . import __version__
+from .processes import is_main, leave_processes, rank
 from .protocols import EvaluationConfig, run_evaluation
 from .run import RunConfig, run_pretraining
 from .show import plain_progress
@@ -47,17 +48,22 @@ def config_parser(
             parser.add_argument(option, type=kind, default=f.default, metavar=name, help=text)
     return parser
 
-# %% ../nbs/17_cli.ipynb #f80273ba
+# %% ../nbs/17_cli.ipynb #ae6f7830
 def _run(parser: ArgumentParser, config: type, work: Callable, argv: Sequence[str] | None) -> int:
     "Exit code of a command: 0, 2 for unusable input, 130 when interrupted."
     settings = config(**vars(parser.parse_args(argv)))
     if not sys.stdout.isatty(): plain_progress()
-    try: print(work(settings))
+    try:
+        done = work(settings)
+        if is_main(): print(done)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        parser.error(str(error).strip().splitlines()[-1])  # below fastai's or a worker's preface
+        if not is_main() and not isinstance(error, OSError): return 2  # rank 0 says it
+        message = str(error).strip().splitlines()[-1]  # below fastai's or a worker's preface
+        parser.error(message if is_main() else f"rank {rank()}: {message}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    leave_processes()
     return 0
 
 # %% ../nbs/17_cli.ipynb #bf8eb31c
@@ -75,3 +81,6 @@ def evaluate(
     purpose = "Evaluate a saved image encoder by any protocols of the SimCLR paper; resumable."
     parser = config_parser("simclr-evaluate", EvaluationConfig, purpose)
     return _run(parser, EvaluationConfig, run_evaluation, argv)
+
+# %% ../nbs/17_cli.ipynb #af243f26
+if __name__ == "__main__": sys.exit(pretrain())  # torchrun -m simclr_nb.cli

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['NAMED_SOURCES', 'read_image', 'find_images', 'check_images', 'ImageArrays', 'load_arrays', 'ArrayLoader',
-           'central_square', 'CleanFiles', 'ImageFiles', 'Source', 'folder_source', 'shard_source', 'digits_source',
-           'cifar10_source', 'find_source', 'SimCLRDataLoaders', 'simclr_dls', 'clean_loader', 'label_subset']
+           'ArrayEpochLoader', 'central_square', 'CleanFiles', 'ImageFiles', 'Source', 'folder_source', 'shard_source',
+           'digits_source', 'cifar10_source', 'find_source', 'SimCLRDataLoaders', 'simclr_dls', 'clean_loader',
+           'label_subset']
 
-# %% ../nbs/02_data.ipynb #c843d879
+# %% ../nbs/02_data.ipynb #9926f50b
 import os
 import random
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,14 @@ from .augment import Policy, create_policy
 from .crop import RandomResizedCrop, crop_resize
 from .listing import Items, index_images
 from .loader import EpochLoader
+from simclr_nb.processes import (
+    from_main,
+    is_main,
+    join_processes,
+    rank,
+    shard_rows,
+    world_size,
+)
 from .shards import ShardIndex, is_shards, open_shards, read_manifest
 from .show import image_grid
 from fastai.data.core import DataLoaders
@@ -143,6 +153,10 @@ class ArrayLoader(DataLoader):
         for batch in chunked(samps, self.bs, self.drop_last): yield self.dataset[batch]
 
     def show_batch(self, max_n: int = 16): return image_grid(self.one_batch()[0][:max_n])
+
+# %% ../nbs/02_data.ipynb #b7565066
+class ArrayEpochLoader(ArrayLoader, EpochLoader):
+    "`EpochLoader` over `ImageArrays` that indexes whole batches."
 
 # %% ../nbs/02_data.ipynb #3e1067e5
 def central_square(
@@ -345,23 +359,30 @@ def _decode(source: Source, n_train: int | None, n_valid: int | None, skip_bad: 
         sets = [load_arrays(paths, source.labels(paths), progress) for paths in sets]
     return Source(source.name, *sets, source.classes, source.split), skipped
 
-# %% ../nbs/02_data.ipynb #688eed9d
-def _check_batch(bs: int, n_train: int, n_valid: int) -> None:
-    "Refuse a batch that cannot be filled or that has no negatives."
-    if bs < 2:
+# %% ../nbs/02_data.ipynb #f0565c1b
+def _own_batch(bs: int | None, n_train: int, n_valid: int) -> int:
+    "This process's part of a batch; refuses one that cannot be filled or that has no negatives."
+    least, world = 2 * world_size(), world_size()
+    if bs is None: bs = max(min(256, n_train // 2) // world * world, least)
+    for_all = f" for {world} processes" if world > 1 else ""
+    if bs < least:
         reason = "with one image there are no negatives"
-        raise ValueError(f"batch size must be at least 2, got {bs}: {reason}")
-    if n_train < 2: raise ValueError(f"expected at least 2 training images, got {n_train}")
+        raise ValueError(f"batch size must be at least {least}{for_all}, got {bs}: {reason}")
+    if bs % world:
+        raise ValueError(f"{world} processes cannot share a batch of {bs}: use {bs - bs % world}")
+    for kind, n in dict(training=n_train, validation=n_valid).items():
+        if n < least:
+            raise ValueError(f"expected at least {least} {kind} images{for_all}, got {n}")
     if bs > n_train:
-        limit = f"{n_train} training images: use at most {n_train}"
+        limit = f"{n_train} training images: use at most {n_train // world * world}"
         raise ValueError(f"batch size {bs} is larger than the {limit}")
-    if n_valid < 2: raise ValueError(f"expected at least 2 validation images, got {n_valid}")
+    return bs // world
 
-# %% ../nbs/02_data.ipynb #ceab498a
+# %% ../nbs/02_data.ipynb #56ce3905
 def simclr_dls(
     data: str | Path | Source = "digits",  # "digits", "cifar10", a folder of images, or a `Source`
     size: int | None = None,  # Side of views, 8 to 1024; by default that of small images, else 96
-    bs: int | None = None,  # Images in a batch, N; 256, or half the training images if fewer
+    bs: int | None = None,  # Images in a batch, N, of all processes; 256, or half the training images
     policy: str | Policy = "auto",  # Augmentation: a name of `POLICIES`, or a `Policy`
     strength: float | None = None,  # Strength of the colour distortion; the policy's own by default
     n_train: int | None = None,  # Only the first images (balanced over classes); all by default
@@ -373,38 +394,40 @@ def simclr_dls(
     progress: bool = True,  # Progress bars while images are read
 ) -> SimCLRDataLoaders:  # `(x, y)`: x uint8 `(N, 3, H, W)`, or pairs of crops `(N, 2, 3, S, S)`
     "DataLoaders for pretraining; raises `ValueError` or `FileNotFoundError` for unusable input."
-    source, skipped = _decode(find_source(data), n_train, n_valid, skip_bad, progress)
+    join_processes()
+    source, skipped = _decode(find_source(data), n_train, n_valid, skip_bad, progress and is_main())
     arrays = isinstance(source.train, ImageArrays)
     policy = _settings(source, arrays, size, policy, strength)
-    bs = min(256, max(len(source.train) // 2, 2)) if bs is None else bs
-    _check_batch(bs, len(source.train), len(source.valid))
-    sets, kwargs = [source.train, source.valid], {}
+    bs = _own_batch(bs, len(source.train), len(source.valid))
+    sets, kwargs = [source.train, source.valid], dict(device=device or default_device())
     if not arrays:
         sets = [ImageFiles(s, torch.tensor(source.labels(s)), policy.crop) for s in sets]
-        kwargs = dict(num_workers=os.cpu_count() if num_workers is None else num_workers)
-    loader, device = ArrayLoader if arrays else DataLoader, device or default_device()
-    seed = random.randrange(2**32) if seed is None else seed
-    if arrays: train = loader(sets[0], bs=bs, shuffle=True, drop_last=True, device=device)
-    else: train = EpochLoader(sets[0], bs, seed, skip_bad=skip_bad, device=device, **kwargs)
-    valid = loader(sets[1], bs=min(bs, len(sets[1])), drop_last=True, device=device, **kwargs)
-    train.rng = random.Random(seed)
+        kwargs["num_workers"] = os.cpu_count() if num_workers is None else num_workers
+    seed = from_main(random.randrange(2**32)) if seed is None else seed
+    if arrays: train = ArrayEpochLoader(sets[0], bs, seed, **kwargs)
+    else: train = EpochLoader(sets[0], bs, seed, skip_bad=skip_bad, **kwargs)
+    kwargs |= dict(bs=min(bs, len(sets[1]) // world_size()), drop_last=True)
+    valid = (ArrayLoader if arrays else DataLoader)(sets[1], **kwargs)
     info = dict(data=source.name, n_train=len(sets[0]), n_valid=len(sets[1]), split=source.split,
                 size=policy.size, in_memory=arrays, skipped=skipped)
-    kwargs = dict(policy=policy, classes=source.classes, info=info, device=device)
-    return SimCLRDataLoaders(train, valid, **kwargs)
+    about = dict(policy=policy, classes=source.classes, info=info, device=kwargs["device"])
+    return SimCLRDataLoaders(train, valid, **about)
 
-# %% ../nbs/02_data.ipynb #469e4668
+# %% ../nbs/02_data.ipynb #4bbaaa5c
 def clean_loader(
     dls: DataLoaders,  # From `simclr_dls`, or any fastai `DataLoaders` of images
     i: int = 1,  # 0: training set, 1: validation set
     bs: int | None = None,  # Batch size; that of `dls` by default
     n: int | None = None,  # Only the first images (balanced in ours); all by default
+    shard: bool = False,  # Of these only the part of this process; see `shard_rows`
 ) -> DataLoader:  # Batches `(x, y)`, each image once, in order
     "Loader without augmentation, shuffling or dropped images."
     dataset = dls[i].dataset
     if isinstance(dls, SimCLRDataLoaders): dataset = dataset.clean(dls.policy.size)
     loader = dls.valid.new(dataset, shuffle=False, drop_last=False, bs=bs or dls.train.bs)
-    loader.n = min(n or loader.n, loader.n)
+    rows = range(min(n or loader.n, loader.n))
+    if shard: rows = shard_rows(len(rows), rank(), world_size())
+    loader.n, loader.get_idxs = len(rows), partial(list, rows)
     return loader
 
 # %% ../nbs/02_data.ipynb #b7fb5fcb

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASE_LR', 'CURVES', 'contrastive_top1', 'SimCLRLearner', 'simclr_learner']
 
-# %% ../nbs/10_learner.ipynb #f770b164
+# %% ../nbs/10_learner.ipynb #813f16d4
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from .augment import Policy, TwoViews, create_policy
 from simclr_nb.callback import (
     FiniteLossCallback,
     KNNCallback,
+    MicroBatchCallback,
     PrecisionCallback,
     ProbeCallback,
     RepresentCallback,
@@ -27,7 +28,7 @@ from simclr_nb.callback import (
 )
 from .checkpoint import CheckpointCallback, ResumableLearner
 from .data import SimCLRDataLoaders
-from .dist import world_size
+from .dist import gather_views
 from simclr_nb.encoder import (
     adapt_encoder,
     create_encoder,
@@ -38,8 +39,11 @@ from simclr_nb.encoder import (
 from .head import Projection, SimCLR, projection_head
 from .loss import NTXent, contrastive_accuracy
 from .optim import OPTIMIZERS, create_optimizer, scale_lr
+from .parallel import DistributedCallback
+from .processes import is_main, join_processes, world_size
 from .show import plot_history, view_pairs
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
@@ -53,15 +57,15 @@ CURVES = {
     "accuracy": ["probe", "knn"],
 }
 
-# %% ../nbs/10_learner.ipynb #cfcfac64
+# %% ../nbs/10_learner.ipynb #730e364d
 def contrastive_top1(
-    out: Projection,  # Output of the model for one batch
+    out: Projection,  # Output of the model for one batch, or for this process's part of it
     *labels: Tensor,  # Not used
 ) -> Tensor:  # Scalar in [0, 1]
     "Share of first views whose own second view is the most similar of all; a column of the table."
-    return contrastive_accuracy(out.z)
+    return contrastive_accuracy(gather_views(out.z)[0])
 
-# %% ../nbs/10_learner.ipynb #71f55000
+# %% ../nbs/10_learner.ipynb #2a6fb109
 class SimCLRLearner(ResumableLearner):
     "fastai `Learner` that pretrains an encoder by contrasting views; made by `simclr_learner`."
     def pretrain(
@@ -133,6 +137,12 @@ class SimCLRLearner(ResumableLearner):
         self.remove_cbs(self._grab_cbs(MixedPrecision))
         return self if precision == "fp32" else self.add_cb(PrecisionCallback(precision))
 
+    def to_distributed(self, sync_bn: bool = True, **kwargs) -> "SimCLRLearner":
+        "Train with the processes that a launcher started; as fastai's, for contrastive learning."
+        if not hasattr(self, "distributed"): self.add_cb(DistributedCallback(sync_bn, **kwargs))
+        if not is_main(): self.remove_cb(ProgressCallback)
+        return self
+
     def to_fp16(self): return self.to_precision("fp16")
     def to_bf16(self): return self.to_precision("bf16")
     def to_fp32(self): return self.to_precision("fp32")
@@ -162,7 +172,15 @@ def _loss(loss: str | nn.Module, temperature: float) -> nn.Module:
     options = {} if loss == "margin_triplet" else dict(temperature=temperature)
     return ContrastiveLoss(loss, **options)
 
-# %% ../nbs/10_learner.ipynb #b7851d47
+# %% ../nbs/10_learner.ipynb #3e82264c
+def _probes(n_classes: int) -> tuple[list, list]:
+    "Callbacks and columns that need labels; none without."
+    if n_classes < 2: return [], []
+    probe, knn = ProbeCallback(n_classes), KNNCallback()
+    columns = [callback_metric(probe, "probe"), callback_metric(knn, "knn")]
+    return [RepresentCallback(), probe, knn], columns
+
+# %% ../nbs/10_learner.ipynb #005d3e25
 def simclr_learner(
     dls: DataLoaders,  # From `simclr_dls`, or any fastai `DataLoaders` of images in [0, 1]
     arch: str | nn.Module = "resnet18",  # Name, "torchvision/...", "timm/...", or a module
@@ -178,9 +196,12 @@ def simclr_learner(
     hidden_layers: int = 1,  # Hidden layers of the projection head; 0: linear
     batch_norm: bool = False,  # BatchNorm in the head, as in the official code
     precision: str = "auto",  # "bf16", "fp16", "fp32", or as suits the device
+    micro_batch: int | None = None,  # Images whose activations are held at a time; all by default
+    compiled: bool = False,  # Compile the encoder by `torch.compile`
     **kwargs,  # For fastai's `Learner`: `opt_func`, `cbs`, `path`, ...
 ) -> SimCLRLearner:
     "Learner that pretrains by SimCLR (Algorithm 1); raises `ValueError` for bad names and values."
+    join_processes()
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {optimizer!r}: choose from {', '.join(OPTIMIZERS)}")
     policy = policy or _policy(dls)
@@ -190,14 +211,12 @@ def simclr_learner(
     encoder = _encoder(arch, width, policy.size, stem, zero_init_last=zero_init_last)
     head = projection_head(encoder.out_dim, out_dim, hidden_layers, batch_norm=batch_norm)
     model = SimCLR(encoder, head).to(device=dls.device, memory_format=torch.channels_last)
-    views = ViewsCallback(TwoViews(policy, second_policy))
-    cbs, metrics = [views, FiniteLossCallback()], [contrastive_top1]
-    n_classes = len(dls.classes if ours else getattr(dls, "vocab", ()))
-    if n_classes > 1:
-        probe, knn = ProbeCallback(n_classes), KNNCallback()
-        cbs += [RepresentCallback(), probe, knn]
-        metrics += [callback_metric(probe, "probe"), callback_metric(knn, "knn")]
+    if compiled: encoder.compile()  # in place: weights keep their names
+    cbs, metrics = _probes(len(dls.classes if ours else getattr(dls, "vocab", ())))
+    cbs += [ViewsCallback(TwoViews(policy, second_policy)), FiniteLossCallback()]
+    if micro_batch is not None: cbs.append(MicroBatchCallback(micro_batch))
     kwargs.setdefault("opt_func", partial(OptimWrapper, opt=partial(create_optimizer, optimizer)))
-    for name, own in dict(cbs=cbs, metrics=metrics).items():
+    for name, own in dict(cbs=cbs, metrics=[contrastive_top1, *metrics]).items():
         kwargs[name] = L(own) + L(kwargs.get(name))
-    return SimCLRLearner(dls, model, _loss(loss, temperature), **kwargs).to_precision(precision)
+    learn = SimCLRLearner(dls, model, _loss(loss, temperature), **kwargs).to_precision(precision)
+    return learn.to_distributed() if world_size() > 1 else learn

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['epoch_order', 'rank_batches', 'item_seed', 'EpochLoader']
 
-# %% ../nbs/01d_loader.ipynb #44516877
+# %% ../nbs/01d_loader.ipynb #ade29bff
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -16,6 +16,7 @@ from fastcore.basics import chunked, patch
 with warnings.catch_warnings():  # fastai scripts functions at import, which torch calls deprecated
     warnings.simplefilter("ignore", FutureWarning)
     import fastai.learner
+from .processes import rank, world_size
 from fastai.data.load import DataLoader
 
 # %% ../nbs/01d_loader.ipynb #7addfd34
@@ -61,14 +62,13 @@ def item_seed(
     "Seed for what is drawn for one image in one epoch."
     return int(np.random.SeedSequence([seed, epoch, row]).generate_state(1, np.uint64)[0])
 
-# %% ../nbs/01d_loader.ipynb #412bf4b8
-def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    "Rank and number of processes: as given, else those of torch.distributed, else one process."
-    if rank is not None: return rank, world_size or 1
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+# %% ../nbs/01d_loader.ipynb #ec33c8e8
+def _ranks(loader: "EpochLoader") -> tuple[int, int]:
+    "Rank and number of processes: as given, else those of this process."
+    if loader.rank is not None: return loader.rank, loader.world_size or 1
+    return rank(), world_size()
 
-# %% ../nbs/01d_loader.ipynb #dbc1a50c
+# %% ../nbs/01d_loader.ipynb #ed03eccf
 class EpochLoader(DataLoader):
     "Shuffled batches of one rank, a function of seed, epoch and position; resumable."
 
@@ -102,13 +102,11 @@ class EpochLoader(DataLoader):
         "Rows of this rank's batches in an epoch, `(B, bs)`, and its spares."
         shards = self.dataset.paths.shards if self.window else None
         order = epoch_order(len(self.dataset), self.seed, epoch, shards, self.window)
-        ranks = _ranks(self.rank, self.world_size)
-        return rank_batches(order, self.bs, *ranks, shards is not None, self.skip_bad)
+        return rank_batches(order, self.bs, *_ranks(self), shards is not None, self.skip_bad)
 
     def __len__(self):
         empty = np.empty(len(self.dataset), np.int8)
-        ranks = _ranks(self.rank, self.world_size)
-        return len(rank_batches(empty, self.bs, *ranks, spare=self.skip_bad)[0])
+        return len(rank_batches(empty, self.bs, *_ranks(self), spare=self.skip_bad)[0])
 
     def get_idxs(self):
         batches, self.spares = self.plan(self.epoch)
@@ -174,13 +172,13 @@ def one_batch(self: EpochLoader):
     try: return DataLoader.one_batch(self)
     finally: self.position = position
 
-# %% ../nbs/01d_loader.ipynb #f1fae811
+# %% ../nbs/01d_loader.ipynb #2689ac0f
 @patch
 def _about(self: EpochLoader) -> dict[str, int]:
     "What a position is worth something with."
-    world_size = _ranks(self.rank, self.world_size)[1]
-    return dict(seed=self.seed, images=len(self.dataset), global_batch=self.bs * world_size,
-                window=self.window, ranks=world_size if self.window else 0)
+    world = _ranks(self)[1]
+    return dict(seed=self.seed, images=len(self.dataset), global_batch=self.bs * world,
+                window=self.window, ranks=world if self.window else 0)
 
 # %% ../nbs/01d_loader.ipynb #7929ed7c
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunConfig', 'compare_with_baselines', 'report_html', 'Run', 'run_pretraining']
 
-# %% ../nbs/11b_run.ipynb #330ac518
+# %% ../nbs/11b_run.ipynb #247173b6
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -33,11 +33,12 @@ from simclr_nb.evaluate import (
 from .learner import BASE_LR, SimCLRLearner, simclr_learner
 from .loss import NTXent
 from .optim import scale_lr
+from .processes import all_objects, from_main, is_main, join_processes, world_size
 from .result import Result, environment, speed
 from .show import figure_html, plot_embeddings, plot_spectra, view_pairs
 from fastai.torch_core import set_seed
 
-# %% ../nbs/11b_run.ipynb #ebd9f35e
+# %% ../nbs/11b_run.ipynb #1a189e15
 @dataclass
 class RunConfig:
     "Settings of a pretraining run."
@@ -46,7 +47,7 @@ class RunConfig:
     arch: str = "resnet18"  # Encoder: resnet18, 34, 50, 101, 152 or 200
     width: float = 0.25  # Multiplies the channels of the encoder
     epochs: int | None = None  # Passes over the training images; 60 for digits, else 12
-    bs: int | None = None  # Images in a batch; 256, or half the training images if those are fewer
+    bs: int | None = None  # Images in a batch, of all processes; 256, or half the training images
     temperature: float | None = None  # Softmax temperature of the loss; 0.5 for digits, else 0.2
     lr: float | None = None  # Base learning rate; twice the paper's: sqrt 0.15, linear 0.6
     zero_init_last: bool = False  # Start residual blocks as the identity, as the official code does
@@ -55,6 +56,8 @@ class RunConfig:
     policy: str = "auto"  # Augmentation policy: auto, paper, cifar or digits
     strength: float | None = None  # Strength of the colour distortion, 0 to 1.25; the policy's own
     precision: str = "auto"  # auto, bf16, fp16 or fp32
+    micro_batch: int | None = None  # Images whose activations are held at a time; all by default
+    compiled: bool = False  # Compile the encoder: minutes at first, then faster steps
     seed: int = 0  # Seed of everything that is random
     workers: int | None = None  # Processes that decode large images; all cores
     n_train: int | None = None  # Use only so many training images, balanced over classes
@@ -70,7 +73,7 @@ def _check_empty(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: give another one, or remove it")
 
-# %% ../nbs/11b_run.ipynb #a1eb2364
+# %% ../nbs/11b_run.ipynb #ef86f6d8
 def _check(config: RunConfig) -> None:
     "Refuse at once, before any image is read, what would fail later."
     if config.width > 64: raise ValueError(f"width must be at most 64, got {config.width}")
@@ -82,7 +85,7 @@ def _check(config: RunConfig) -> None:
     if config.resume and config.out is None: raise ValueError("resume needs a folder: out (--out)")
     begun = config.resume and (Path(config.out) / "config.json").is_file()
     if config.out is not None and not begun: _check_empty(Path(config.out))
-    for name in ("epochs", "n_train", "n_valid"):
+    for name in ("epochs", "n_train", "n_valid", "micro_batch"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -98,7 +101,7 @@ def _complete(config: RunConfig, bs: int) -> RunConfig:
     open_fields = {k: v for k, v in decided.items() if getattr(config, k) is None}
     return replace(config, bs=bs, **open_fields)
 
-# %% ../nbs/11b_run.ipynb #a10653c9
+# %% ../nbs/11b_run.ipynb #807f0eca
 def _new_folder(config: RunConfig) -> Path:
     "New folder for a run."
     if config.out is not None:
@@ -112,6 +115,12 @@ def _new_folder(config: RunConfig) -> Path:
         except FileExistsError: continue
         return folder
     raise ValueError("no free folder under runs: give one with out (--out)")
+
+
+def _shared_folder(config: RunConfig) -> Path:
+    "Folder of a run, the same for all processes."
+    all_objects(None)  # wait until all have looked at it, see `_check`
+    return Path(from_main(_new_folder(config) if is_main() else None))
 
 # %% ../nbs/11b_run.ipynb #cefd7633
 def compare_with_baselines(
@@ -213,7 +222,7 @@ def report_html(
         parts += [_lines(f"{name}, {protocol}: {r}", r.card) for name, r in column.items()]
     return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(parts))
 
-# %% ../nbs/11b_run.ipynb #d1dd7c4b
+# %% ../nbs/11b_run.ipynb #9dcb637b
 def _pretrain(learn: SimCLRLearner, config: RunConfig, folder: Path) -> dict:
     "Train and save the encoder; what the card says of it."
     start = time.perf_counter()
@@ -221,9 +230,10 @@ def _pretrain(learn: SimCLRLearner, config: RunConfig, folder: Path) -> dict:
     cbs = [HistoryCallback(folder / "history.csv"), saving]
     learn.pretrain(config.epochs, config.lr, config.scaling, cbs=cbs)
     seconds = time.perf_counter() - start
-    n_images = config.epochs * len(learn.dls.train) * learn.dls.train.bs
-    learn.save_encoder(folder / "encoder.safetensors", run=asdict(config))
-    return speed(seconds, n_images) | environment()
+    n_images = config.epochs * len(learn.dls.train) * config.bs
+    about = dict(processes=world_size()) | speed(seconds, n_images) | environment()
+    if is_main(): learn.save_encoder(folder / "encoder.safetensors", run=asdict(config))
+    return about
 
 # %% ../nbs/11b_run.ipynb #03a2df09
 @dataclass
@@ -262,7 +272,7 @@ def _write_results(folder: Path, data: str, figures: dict, results: dict, settin
     page = report_html(f"SimCLR on {data}", figures, results, settings)
     write_atomic(folder / "report.html", page.encode())
 
-# %% ../nbs/11b_run.ipynb #dc9f7ff2
+# %% ../nbs/11b_run.ipynb #a4d942ec
 _FREE = {"out", "resume", "workers", "checkpoint_minutes"}  # may change when a run goes on
 
 
@@ -277,7 +287,7 @@ def _keep_settings(folder: Path, settings: dict) -> None:
                 if old.get(name) == new.get(name): continue
                 raise ValueError(f"{folder} holds a run with {name} {old.get(name)!r}, not "
                                  f"{new.get(name)!r}: use its settings, or another folder (out)")
-    write_atomic(path, json.dumps(settings, indent=2).encode())
+    if is_main(): write_atomic(path, json.dumps(settings, indent=2).encode())
 
 
 def _finished(folder: Path) -> Run | None:
@@ -288,27 +298,30 @@ def _finished(folder: Path) -> Run | None:
         for name, result in column.items(): column[name] = Result.from_dict(result)
     return Run(folder, found)
 
-# %% ../nbs/11b_run.ipynb #bf298bd5
+# %% ../nbs/11b_run.ipynb #44005c58
 def _announce(config: RunConfig, info: dict, folder: Path) -> None:
     "Say what is about to happen."
+    if not is_main(): return
     images = f"{info['n_train']} images of {info['data']}"
-    print(f"pretraining {config.arch} x {config.width:g} on {images}, writing to {folder}")
+    by = f" in {world_size()} processes" if world_size() > 1 else ""
+    print(f"pretraining {config.arch} x {config.width:g} on {images}{by}, writing to {folder}")
     if info["skipped"]:
         print(f"skipped {len(info['skipped'])} damaged files, listed in {folder / 'config.json'}")
 
-# %% ../nbs/11b_run.ipynb #d05facff
+# %% ../nbs/11b_run.ipynb #350b5502
 def run_pretraining(
     config: RunConfig,  # Settings
 ) -> Run:
     "Pretrain, evaluate, write a run folder, or go on; raises `ValueError` or `OSError`."
+    join_processes()
     _check(config)
     set_seed(config.seed)
     dls = _loaders(config)
-    config = _complete(config, dls.train.bs)
-    passed = ("temperature", "precision", "zero_init_last")
+    config = _complete(config, dls.train.bs * world_size())
+    passed = ("temperature", "precision", "zero_init_last", "micro_batch", "compiled")
     kwargs = {name: getattr(config, name) for name in passed}
     learn = simclr_learner(dls, config.arch, config.width, **kwargs)
-    folder = learn.path = _new_folder(config)
+    folder = learn.path = _shared_folder(config)
     about = dict(data=dls.info, policy=repr(dls.policy), version=__version__)
     settings = dict(config=asdict(config), **about)
     _keep_settings(folder, settings)
@@ -316,6 +329,7 @@ def run_pretraining(
     _announce(config, dls.info, folder)
     views = learn.views.two_views(dls.train.one_batch()[0][:8])
     settings["pretraining"] = _pretrain(learn, config, folder)
+    if not is_main(): return Run(folder, {})  # the rest needs one process
     untrained = random_encoder(learn.model.encoder.config, config.seed).to(dls.device)
     results = _evaluate(learn, untrained, settings) if len(dls.classes) > 1 else {}
     _write_results(folder, dls.info["data"], _figures(learn, untrained, views), results, settings)
