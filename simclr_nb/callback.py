@@ -154,7 +154,7 @@ class _Measurement(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
 
-# %% ../nbs/09_callback.ipynb #c0b8e5db
+# %% ../nbs/09_callback.ipynb #dbdef56d
 class RepresentCallback(_Measurement):
     "After each validation, `h` of clean training and validation images."
     order = 20
@@ -169,7 +169,8 @@ class RepresentCallback(_Measurement):
     def after_fit(self): self.bank = self.valid = None
 
     def _represent(self, i: int) -> tuple[Tensor, Tensor]:
-        encoder, n = bare_model(self.model).encoder, min(self.max_images, self.dls[i].n)
+        encoder = bare_model(self.model).encoder
+        n = min(self.max_images, len(self.dls[i].dataset))
         h, y = represent(encoder, clean_loader(self.dls, i, n=n, shard=True))
         device = next(encoder.parameters()).device
         return tuple(gather_in_order(t.to(device), n).cpu() for t in (h, y))

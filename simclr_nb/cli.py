@@ -48,7 +48,7 @@ def config_parser(
             parser.add_argument(option, type=kind, default=f.default, metavar=name, help=text)
     return parser
 
-# %% ../nbs/17_cli.ipynb #ae6f7830
+# %% ../nbs/17_cli.ipynb #82543f7c
 def _run(parser: ArgumentParser, config: type, work: Callable, argv: Sequence[str] | None) -> int:
     "Exit code of a command: 0, 2 for unusable input, 130 when interrupted."
     settings = config(**vars(parser.parse_args(argv)))
@@ -57,7 +57,8 @@ def _run(parser: ArgumentParser, config: type, work: Callable, argv: Sequence[st
         done = work(settings)
         if is_main(): print(done)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if not is_main() and not isinstance(error, OSError): return 2  # rank 0 says it
+        own = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        if not (own or is_main()): return 2  # rank 0 has the same error, and says it
         message = str(error).strip().splitlines()[-1]  # below fastai's or a worker's preface
         parser.error(message if is_main() else f"rank {rank()}: {message}")
     except KeyboardInterrupt:

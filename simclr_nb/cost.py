@@ -145,7 +145,7 @@ def _listen(model: SimCLR, size: int, views: int, dtype: torch.dtype) -> tuple:
     model.zero_grad()
     return listener.ops, kept, listener.peak, shapes
 
-# %% ../nbs/16a_cost.ipynb #f6daebb6
+# %% ../nbs/16a_cost.ipynb #40b23ec1
 def count_step(
     model: SimCLR,  # Encoder and head; stays as it is
     size: int,  # Side of the views, in pixels
@@ -154,7 +154,7 @@ def count_step(
     "Operations and memory of a step, counted without computing; raises `ValueError`."
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}")
-    dtype, (few, many) = PRECISIONS[precision], (4, 12)
+    dtype, few, many = PRECISIONS[precision], 64, 128  # activations, not gradients, make the peak
     model = copy.deepcopy(model).to("meta", dtype).train()
     (a, saved_a, peak_a, dims), (b, saved_b, peak_b, _) = (
         _listen(model, size, views, dtype) for views in (few, many))

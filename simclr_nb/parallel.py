@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['RankLoader', 'DistributedCallback']
 
-# %% ../nbs/09c_parallel.ipynb #4f62b001
+# %% ../nbs/09c_parallel.ipynb #663ee3d6
+import warnings
+
 import numpy as np
 import torch
 
@@ -39,7 +41,7 @@ def _check_same_loaders(loaders: list) -> None:
         raise ValueError(f"the loaders of the ranks differ: {every}; give all ranks the same data,"
                          " batch and seed")
 
-# %% ../nbs/09c_parallel.ipynb #6af7426d
+# %% ../nbs/09c_parallel.ipynb #c5260bda
 class DistributedCallback(DistributedTrainer):
     "Train as one process with the images of all; accelerate wraps the model."
 
@@ -62,7 +64,9 @@ class DistributedCallback(DistributedTrainer):
         if self.global_batch_norm: to_global_batch_norm(bare_model(self.model))
         self.old_loss, self.learn.loss_func = self.loss_func, global_loss(self.loss_func)
         self.learn.model = bare_model(self.model)
-        super().before_fit()
+        with warnings.catch_warnings():  # of an argument for which accelerate has no other name yet
+            warnings.simplefilter("ignore", FutureWarning)
+            super().before_fit()
         _check_same_loaders(self.dls.loaders)
         seeds = np.random.SeedSequence([from_main(torch.randint(2**31, (1,)).item()), rank()])
         set_seed(int(seeds.generate_state(1)[0]))

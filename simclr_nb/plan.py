@@ -6,7 +6,7 @@
 __all__ = ['MATRIX_USE', 'BANDWIDTH_USE', 'LAUNCH', 'DEVICES', 'Device', 'measure_device', 'op_seconds', 'PlanConfig', 'Plan',
            'run_plan']
 
-# %% ../nbs/16b_plan.ipynb #d7ecbbf8
+# %% ../nbs/16b_plan.ipynb #c08a02a8
 import math
 import os
 import re
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from .augment import create_policy
 from .cost import (LINKS, PRECISIONS, Count, Op, communication, count_encoder, count_ops,
                             memory_parts)
 
-# %% ../nbs/16b_plan.ipynb #f8fef47a
+# %% ../nbs/16b_plan.ipynb #3316819c
 class Device(NamedTuple):
     "An accelerator, or this machine's processor."
 
@@ -34,7 +35,7 @@ class Device(NamedTuple):
     link: str = "pcie4"  # Name in `LINKS` of what connects devices of a node
     rates: dict | None = None  # What `measure_device` found; None: a device of the data sheets
 
-MATRIX_USE, BANDWIDTH_USE, LAUNCH = 0.5, 0.75, 10e-6  # Shares of peak and bandwidth; seconds
+MATRIX_USE, BANDWIDTH_USE, LAUNCH = 0.4, 0.5, 10e-6  # Shares of peak and bandwidth; seconds
 
 
 def _gpu(fp32: float, half: float, bandwidth: float, memory: float, link: str, bf16: bool = True):
@@ -83,7 +84,7 @@ def _conv_rate(inner: int, out: int, kernel: int, side: int, dtype: torch.dtype)
     forward, backward = _both(lambda: F.conv2d(x, w, None, stride, kernel // 2), (x, w))
     return [flops / forward, (1 + (inner > 3)) * flops / backward]
 
-# %% ../nbs/16b_plan.ipynb #5bcdcbe0
+# %% ../nbs/16b_plan.ipynb #925f2ddd
 _SIDES = {16: 32, 64: 16, 256: 8}  # channels: pixels
 
 
@@ -113,13 +114,13 @@ def _move_rates(dtype: torch.dtype) -> dict:
 def _touch_rate() -> float:
     "Bytes per second of memory at its first touch, besides the time of writing it."
     times = []
-    for _ in range(4):
+    for _ in range(7):
         x, start = torch.empty(2**26, dtype=torch.uint8), time.perf_counter()
         x.zero_()
         first, start = time.perf_counter() - start, time.perf_counter()
         x.zero_()
         times.append(max(first - (time.perf_counter() - start), 1e-9))
-    return 2**26 / min(times)
+    return 2**26 / median(times)
 
 # %% ../nbs/16b_plan.ipynb #3a47438f
 def measure_device(
@@ -136,7 +137,7 @@ def measure_device(
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device({precision: rates["product"]}, rates["simple"][0], memory, rates=rates)
 
-# %% ../nbs/16b_plan.ipynb #f8949994
+# %% ../nbs/16b_plan.ipynb #35a1b552
 _BLOCK = 2**25  # bytes beyond which a block comes from the system and goes back to it
 
 
@@ -150,9 +151,10 @@ def _rate(table: dict, channels: int) -> list[float]:
     return [a ** (1 - part) * b**part for a, b in zip(table[low], table[high])]
 
 
-def _measured(op: Op, views: float, rates: dict) -> tuple[float, float]:
+def _measured(op: Op, views: float, rates: dict, first: float) -> tuple[float, float]:
     "Seconds of products and of memory on a measured processor."
-    touched = (op.new if op.new * views > _BLOCK else op.grown) * views / rates["touch"]
+    fresh = op.new if op.new * views > _BLOCK else first * op.grown
+    touched = fresh * views / rates["touch"]
     if op.kind == "product": return op.flops * views / rates["product"], touched
     if op.channels:
         return op.flops * views / _rate(rates[op.kind], op.channels)[op.backward], touched
@@ -165,15 +167,16 @@ def _listed(op: Op, views: float, device: Device, precision: str) -> tuple[float
     moved = op.traffic * views / (BANDWIDTH_USE * device.bandwidth)
     return (product, 0.0) if product > moved else (0.0, moved)
 
-# %% ../nbs/16b_plan.ipynb #7f1e3732
+# %% ../nbs/16b_plan.ipynb #60e748af
 def op_seconds(
     ops: list[Op],  # Operations, per view
     views: float,  # Views they are done for at a time
     device: Device,  # Where
     precision: str = "fp32",  # Of products
+    first: float = 1.0,  # Share of passes that find no memory left by one before
 ) -> dict[str, float]:  # Seconds limited by "compute", and by "memory bandwidth"
     "Time of some operations on one device."
-    if device.rates: parts = [_measured(op, views, device.rates) for op in ops]
+    if device.rates: parts = [_measured(op, views, device.rates, first) for op in ops]
     else: parts = [_listed(op, views, device, precision) for op in ops]
     compute, memory = (sum(column) for column in zip(*parts))
     return {"compute": compute, "memory bandwidth": memory}
@@ -329,7 +332,7 @@ class Plan:
         if not given: return text
         return f"{text}. Decoding: {needed:,.0f} photos/s needed, {given:,.0f} given"
 
-# %% ../nbs/16b_plan.ipynb #c2b688fa
+# %% ../nbs/16b_plan.ipynb #b625841f
 def _step_seconds(count: Count, config: PlanConfig, size: int, place: tuple, device: Device) -> dict:
     "Seconds of a step by what limits it, without decoding."
     nodes, each, world = *place, place[0] * place[1]
@@ -340,7 +343,8 @@ def _step_seconds(count: Count, config: PlanConfig, size: int, place: tuple, dev
     augment = _augment_ops(size, crop)
     work = [(forward, 2 * n / chunks, chunks * (1 + (chunks > 1))), (backward, 2 * n / chunks, chunks),
             (augment, n, 2), (_other_ops(count, n, world), 1, 1)]
-    timed = [(op_seconds(ops, views, device, config.precision), times) for ops, views, times in work]
+    timed = [(op_seconds(ops, views, device, config.precision, 1 / times), times)
+             for ops, views, times in work]
     total = {k: sum(times * t[k] for t, times in timed) for k in timed[0][0]}
     launches = sum(len(ops) * times for ops, _, times in work)
     if device.rates: launching = launches * device.rates["launch"]

@@ -6,12 +6,15 @@
 __all__ = ['TIMEOUT', 'world_size', 'rank', 'is_main', 'join_processes', 'leave_processes', 'from_main', 'all_objects',
            'any_rank', 'shard_rows', 'launch']
 
-# %% ../nbs/00e_processes.ipynb #4be11f36
+# %% ../nbs/00e_processes.ipynb #d2ba37c2
 import logging
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import lru_cache
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 
 import torch
 import torch.distributed as dist
@@ -96,16 +99,20 @@ def shard_rows(
         raise ValueError(f"expected n >= 0 and 0 <= rank < world_size, got {found}")
     return range(n * rank // world_size, n * (rank + 1) // world_size)
 
-# %% ../nbs/00e_processes.ipynb #973c87e0
-def _as_process(function: Callable, processes: int, args: tuple) -> object:
-    "What a new process does."
+# %% ../nbs/00e_processes.ipynb #7cb205eb
+def _as_process(function: Callable, processes: int, args: tuple, errors: SimpleQueue) -> object:
+    "What a new process does; the time and text of an error go to a queue."
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    join_processes()
-    result = function(*args)
-    leave_processes()  # not after an error, which would look like that of the others
+    try:
+        join_processes()
+        result = function(*args)
+    except Exception as error:
+        errors.put((time.monotonic(), f"rank {os.environ['RANK']}: {error!r}"))
+        raise
+    leave_processes()
     return result
 
-# %% ../nbs/00e_processes.ipynb #9223ffd4
+# %% ../nbs/00e_processes.ipynb #000fde29
 def launch(
     function: Callable,  # To call in each process
     *args,  # Its arguments
@@ -120,11 +127,11 @@ def launch(
                           rdzv_endpoint="localhost:0", start_method="fork")
     for name in ("distributed.elastic.multiprocessing.api", "multiprocessing.spawn"):
         logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)  # the error below says it
-    try: results = elastic_launch(config, _as_process)(function, processes, args)
+    errors = get_context("fork").SimpleQueue()
+    try: results = elastic_launch(config, _as_process)(function, processes, args, errors)
     except ChildFailedError as error:
-        reasons = {r: failure.message for r, failure in error.failures.items()}
-        lost = "closed by peer"  # what the others say when one has gone
-        failed, reason = min(reasons.items(), key=lambda item: lost in str(item[1]))
-        reason = reason["message"] if isinstance(reason, dict) else reason
-        raise RuntimeError(f"rank {failed} of {processes} failed: {reason}") from None
+        told = []
+        while not errors.empty(): told.append(errors.get())
+        reason = min(told)[1] if told else error.get_first_failure()[1].message  # by a signal
+        raise RuntimeError(f"one of {processes} processes failed: {reason}") from None
     return [results[r] for r in range(processes)]

@@ -28,6 +28,8 @@ def run(function, world: int, folder: Path, timeout: float = 120) -> list:
     try:
         for r, log in enumerate(logs):
             command = [sys.executable, __file__, *what, str(r)]
+            env |= dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world),
+                        LOCAL_WORLD_SIZE=str(world))
             with open(log, "wb") as file:
                 running.append(subprocess.Popen(command, env=env, cwd=folder, stderr=file))
         _wait(running, logs, time.monotonic() + timeout)

@@ -13,13 +13,14 @@ from simclr_nb.checkpoint import find_checkpoints, latest_checkpoint, write_chec
 
 LIVES = """
 import json, os, random, signal, sys, time
+from datetime import timedelta
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
 from simclr_nb.checkpoint import CheckpointCallback
-from simclr_nb.data import SimCLRDataLoaders, simclr_dls
+from simclr_nb.data import ArrayEpochLoader, SimCLRDataLoaders, simclr_dls
 from simclr_nb.learner import simclr_learner
-from simclr_nb.loader import EpochLoader
+from simclr_nb.processes import rank, world_size
 
 EPOCHS, N, BS = 3, 192, 32
 dls = simclr_dls("cifar10", n_train=N, n_valid=64, seed=0, device="cpu", progress=False)
@@ -35,29 +36,38 @@ def life(folder, nan=None):
     "One life of a run; writes what it ends with."
     torch.manual_seed(0)
     random.seed(0)
-    train = EpochLoader(dls.train.dataset, bs=BS, seed=0, device="cpu")
+    train = ArrayEpochLoader(dls.train.dataset, bs=BS // world_size(), seed=0, device="cpu")
     kwargs = dict(policy=dls.policy, classes=dls.classes, info=dls.info, device=torch.device("cpu"))
-    own = SimCLRDataLoaders(train, dls.valid, **kwargs)
+    own = SimCLRDataLoaders(train, dls.valid.new(bs=32 // world_size()), **kwargs)
     learn = simclr_learner(own, width=0.0625, temperature=0.2)
     if nan is not None:
         views = learn.views.two_views
         def spoilt(x): return views(x) * (float("nan") if learn.train_iter == nan else 1.0)
-        learn.views.two_views = spoilt
+        if rank() == world_size() - 1: learn.views.two_views = spoilt
     saving = CheckpointCallback(folder / "state", every_steps=1, resume=True)
     with learn.no_bar(), learn.no_logging():
-        learn.pretrain(EPOCHS, cbs=[saving, Seen(folder / "seen.jsonl")])
+        learn.pretrain(EPOCHS, cbs=[saving, Seen(folder / f"seen{rank()}.jsonl")])
     history = {k: torch.tensor(v) for k, v in learn.history().items()}
     end = dict(learn.model.state_dict(), **history, classifier=learn.probe.classifier[1].weight.detach(),
                random=torch.get_rng_state())
-    torch.save(end, folder / "end.part")
-    os.replace(folder / "end.part", folder / "end.pt")
+    torch.save(end, folder / f"end{rank()}.part")
+    os.replace(folder / f"end{rank()}.part", folder / f"end{rank()}.pt")
 
-def start(folder, before=lambda: None, **kwargs):
-    "Begin a life in a process of its own."
+def start(folder, before=lambda rank: None, world=1, **kwargs):
+    "Begin a life in processes of its own."
     folder.mkdir(exist_ok=True)
+    meeting = f"file://{folder}/meeting{time.monotonic_ns()}"
+    return [fork(folder, before, world, r, meeting, kwargs) for r in range(world)]
+
+def fork(folder, before, world, r, meeting, kwargs):
     if pid := os.fork(): return pid
     try:
-        before()
+        before(r)
+        if world > 1:
+            for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"): os.environ[name] = str(world)
+            for name in ("RANK", "LOCAL_RANK"): os.environ[name] = str(r)
+            torch.distributed.init_process_group("gloo", init_method=meeting, rank=r, world_size=world,
+                                                 timeout=timedelta(seconds=30))
         life(folder, **kwargs)
         os._exit(0)
     except SystemExit as e: os._exit(e.code)
@@ -65,13 +75,15 @@ def start(folder, before=lambda: None, **kwargs):
         print(f"{type(e).__name__}: {e}", flush=True)
         os._exit(1)
 
-def end(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def end(pids):
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return codes[0] if len(codes) == 1 else codes
 """
 
 KILLS = LIVES + """
-root, n_kills = Path(sys.argv[1]), int(sys.argv[2])
+root, n_kills, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 began = time.monotonic()
-assert end(start(root / "whole")) == 0
+assert end(start(root / "whole", world=world)) in (0, [0] * world)
 took = time.monotonic() - began
 rng, kills, writes, finished = random.Random(7), 0, 0, 0
 
@@ -81,23 +93,27 @@ def dies_writing(left):
         nonlocal left
         left -= 1
         if not left: os.kill(os.getpid(), signal.SIGKILL)
-    def prepare(): os.fsync = fsync
+    def prepare(r): os.fsync = fsync
     return prepare
 
-while kills < n_kills or not (root / f"{finished}" / "end.pt").exists():
+def is_over(folder): return all((folder / f"end{r}.pt").exists() for r in range(world))
+
+while kills < n_kills or not is_over(root / f"{finished}"):
     folder = root / f"{finished}"
-    if (folder / "end.pt").exists():
+    if is_over(folder):
         finished += 1
         continue
-    if kills >= n_kills: code = end(start(folder))
-    elif rng.random() < 0.3: code = end(start(folder, dies_writing(rng.randint(1, 4))))
+    if kills >= n_kills: codes = end(start(folder, world=world))
+    elif rng.random() < 0.3: codes = end(start(folder, dies_writing(rng.randint(1, 4)), world=world))
     else:
-        pid = start(folder)
+        pids = start(folder, world=world)
         time.sleep(rng.uniform(0, 0.6) * took)
-        os.kill(pid, signal.SIGKILL)
-        code = end(pid)
-    kills += code == -9
-    assert code in (0, -9), code
+        os.kill(rng.choice(pids), signal.SIGKILL)             # the others notice
+        codes = end(pids)
+    codes = [codes] if world == 1 else codes
+    killed = -9 in codes
+    kills += killed
+    assert set(codes) <= ({0, -9, 1} if killed else {0}), codes
 print(json.dumps(dict(kills=kills, runs=finished + 1)))
 """
 
@@ -111,66 +127,97 @@ def run(script: str, *args, code: int = 0) -> str:
     return done.stdout
 
 
-def seen(folder: Path) -> dict[int, list[int]]:
-    "Images of each epoch, by the last life in which each step was made."
+def seen(folder: Path, world: int = 1) -> dict[int, list[int]]:
+    "Images of each epoch on all ranks, by the last life in which each step was made."
     steps = {}
-    for line in (folder / "seen.jsonl").read_text().splitlines():
-        epoch, step, rows = json.loads(line)
-        steps[epoch, step] = rows
+    for r in range(world):
+        for line in (folder / f"seen{r}.jsonl").read_text().splitlines():
+            epoch, step, rows = json.loads(line)
+            steps[epoch, (step, r)] = rows
     return {e: sum((rows for (epoch, _), rows in sorted(steps.items()) if epoch == e), [])
             for e in {epoch for epoch, _ in steps}}
 
 
-def same_end(a: Path, b: Path) -> None:
-    first, second = (torch.load(p / "end.pt", weights_only=True) for p in (a, b))
-    assert first.keys() == second.keys()
-    for name in first: assert torch.equal(first[name], second[name]), name
+def same_end(a: Path, b: Path, world: int = 1) -> None:
+    for r in range(world):
+        first, second = (torch.load(p / f"end{r}.pt", weights_only=True) for p in (a, b))
+        assert first.keys() == second.keys()
+        for name in first: assert torch.equal(first[name], second[name]), name
 
 
-def test_kills_change_nothing(tmp_path):
+@pytest.mark.parametrize("world", [1, 2])
+def test_kills_change_nothing(tmp_path, world):
     "20 kills at random moments and in the middle of writing: the same end, to the last bit."
-    told = json.loads(run(KILLS, tmp_path, 20).splitlines()[-1])
+    told = json.loads(run(KILLS, tmp_path, 20, world).splitlines()[-1])
     assert told["kills"] >= 20
     for i in range(told["runs"]):
-        same_end(tmp_path / "whole", tmp_path / f"{i}")
-        for rows in seen(tmp_path / f"{i}").values(): assert sorted(rows) == list(range(192))
-        assert len(seen(tmp_path / f"{i}")) == 3
+        same_end(tmp_path / "whole", tmp_path / f"{i}", world)
+        for rows in seen(tmp_path / f"{i}", world).values(): assert sorted(rows) == list(range(192))
+        assert len(seen(tmp_path / f"{i}", world)) == 3
         assert not list((tmp_path / f"{i}" / "state").glob(".*.tmp"))
 
 
 TERMINATED = LIVES + """
-root = Path(sys.argv[1])
-assert end(start(root / "whole")) == 0
-pid = start(root / "cut")
+root, world = Path(sys.argv[1]), int(sys.argv[2])
+all_ended = lambda code: code if world == 1 else [code] * world
+assert end(start(root / "whole", world=world)) == all_ended(0)
+pids = start(root / "cut", world=world)
 while not list((root / "cut" / "state").glob("*.ckpt")): time.sleep(0.01)
-os.kill(pid, signal.SIGTERM)
-assert end(pid) == 143
-assert end(start(root / "cut")) == 0
+os.kill(pids[-1], signal.SIGTERM)                             # one is asked, all stop
+assert end(pids) == all_ended(143)
+assert end(start(root / "cut", world=world)) == all_ended(0)
 """
 
 
-def test_asked_to_stop_it_saves_and_goes_on_later(tmp_path):
-    assert "asked to stop (SIGTERM): the state is in" in run(TERMINATED, tmp_path)
-    same_end(tmp_path / "whole", tmp_path / "cut")
+@pytest.mark.parametrize("world", [1, 2])
+def test_asked_to_stop_it_saves_and_goes_on_later(tmp_path, world):
+    assert run(TERMINATED, tmp_path, world).count("asked to stop (SIGTERM): the state is in") == 1
+    same_end(tmp_path / "whole", tmp_path / "cut", world)
+
+
+ELASTIC = LIVES + """
+root = Path(sys.argv[1])
+pids = start(root / "cut", world=2)
+while not list((root / "cut" / "state").glob("*.ckpt")): time.sleep(0.01)
+os.kill(pids[0], signal.SIGKILL)
+assert end(pids)[0] == -9
+assert end(start(root / "cut")) == 0                          # goes on in one process
+"""
+
+
+def test_goes_on_in_fewer_processes(tmp_path):
+    "With the same batch of all; no image is seen twice or left out."
+    run(ELASTIC, tmp_path)
+    one, two = tmp_path / "cut" / "seen0.jsonl", tmp_path / "cut" / "seen1.jsonl"
+    steps = {}
+    for line in two.read_text().splitlines() + one.read_text().splitlines():
+        epoch, step, rows = json.loads(line)
+        steps.setdefault((epoch, step), []).append(rows)
+    for epoch in range(3):
+        last = [max(steps[epoch, i], key=len) for i in range(6) if len(steps[epoch, i][-1]) == 32]
+        halves = [rows for i in range(6) if len(steps[epoch, i][-1]) == 16 for rows in steps[epoch, i][:2]]
+        assert sorted(sum(last + halves, [])) == list(range(192))
 
 
 SPOILT = LIVES + """
-root = Path(sys.argv[1])
-assert end(start(root / "nan", nan=4)) == 1
-print(*dls.train.dataset.images.shape)
-assert end(start(root / "nan")) == 0                       # without the fault it goes on
-assert end(start(root / "whole")) == 0
+root, world = Path(sys.argv[1]), int(sys.argv[2])
+all_ended = lambda code: code if world == 1 else [code] * world
+assert end(start(root / "nan", nan=4, world=world)) == all_ended(1)
+assert end(start(root / "nan", world=world)) == all_ended(0)  # without the fault it goes on
+assert end(start(root / "whole", world=world)) == all_ended(0)
 """
 
 
-def test_not_a_number_stops_with_a_diagnosis(tmp_path):
-    told = run(SPOILT, tmp_path)
-    rows = seen(tmp_path / "whole")[0][4 * 32:][:8]
-    assert "FloatingPointError" in told
-    assert "the projections are not finite at epoch 0, step 4, learning rate" in told
-    assert f"rank 0, images {', '.join(map(str, rows))}, ..." in told
-    assert "the last good state is" in told and "step-000000004" in told
-    same_end(tmp_path / "whole", tmp_path / "nan")
+@pytest.mark.parametrize("world", [1, 2])
+def test_not_a_number_stops_with_a_diagnosis(tmp_path, world):
+    "On the last rank; all say so and stop."
+    told, last = run(SPOILT, tmp_path, world), world - 1
+    rows = json.loads((tmp_path / "whole" / f"seen{last}.jsonl").read_text().splitlines()[4])[2][:8]
+    assert told.count("FloatingPointError") == world
+    assert told.count("the projections are not finite at epoch 0, step 4, learning rate") == world
+    assert told.count(f"rank {last}, images {', '.join(map(str, rows))}, ...") == world
+    assert told.count("the last good state is") == told.count("step-000000004") == world
+    same_end(tmp_path / "whole", tmp_path / "nan", world)
 
 
 FULL = """

@@ -12,13 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from processes import run
 from simclr_nb.dist import (GlobalBatchNorm, GlobalNTXent, batch_norms, gather_in_order,
-                            gather_rows, gather_views, global_nt_xent, is_main, rank, shard_rows,
-                            sum_over_ranks, to_global_batch_norm, world_size)
+                            gather_rows, gather_views, global_loss, global_nt_xent, sum_over_ranks,
+                            to_global_batch_norm)
 from simclr_nb.encoder import create_encoder
-from simclr_nb.head import SimCLR, projection_head
+from simclr_nb.head import Projection, SimCLR, projection_head
 from simclr_nb.loss import nt_xent
 from simclr_nb.microbatch import micro_batched, replace_norms
 from simclr_nb.optim import LARS
+from simclr_nb.processes import is_main, rank, shard_rows, world_size
 
 WORLDS = 1, 2, 4
 IMAGES, STEPS, TEMPERATURE = 16, 5, 0.2
@@ -80,11 +81,17 @@ def wrong_loss(z: Tensor, anchors: str) -> Tensor:
 def plain(model, x): return model(x)
 
 
+class AnyLoss(nn.Module):
+    "One of which `dist` knows nothing."
+    def forward(self, out): return nt_xent(out.z, TEMPERATURE)
+
+
 dense, tiled = (partial(global_nt_xent, temperature=TEMPERATURE, tiled=t) for t in (False, True))
 micro = partial(micro_batched, micro_batch=3)
 RIGHT = dict(dense=(True, plain, dense), tiled=(True, plain, tiled),
              group_dense=(False, plain, dense), group_tiled=(False, plain, tiled),
-             micro_dense=(False, micro, dense), micro_tiled=(False, micro, tiled))
+             micro_dense=(False, micro, dense), micro_tiled=(False, micro, tiled),
+             any_loss=(True, plain, lambda z: global_loss(AnyLoss())(Projection(z, z))))
 WRONG = dict(all_anchors_own_slice=(True, plain, partial(wrong_loss, anchors="all")),
              own_anchors_own_slice=(True, plain, partial(wrong_loss, anchors="own")),
              no_gather=(True, plain, partial(nt_xent, temperature=TEMPERATURE)),

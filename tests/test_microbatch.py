@@ -12,12 +12,12 @@ from torch.distributed import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from processes import run
-from simclr_nb.dist import (GlobalNTXent, shard_rows, sum_over_ranks, to_global_batch_norm,
-                            world_size)
+from simclr_nb.dist import GlobalNTXent, sum_over_ranks, to_global_batch_norm
 from simclr_nb.encoder import create_encoder
 from simclr_nb.head import SimCLR, projection_head
 from simclr_nb.loss import NTXent, nt_xent, tiled_nt_xent
 from simclr_nb.microbatch import accumulate_gradients, micro_batched, replace_norms
+from simclr_nb.processes import shard_rows, world_size
 
 IMAGES = 12
 

@@ -1,0 +1,157 @@
+"""Seconds and memory of whole training steps, beside what the cost model predicts.
+
+The prediction sees the network, and rates that `measure_device` finds in the same run; it never
+sees a training step. Steps are those of `simclr_learner`: two views, the loss, LARS. Memory is that
+of a process of its own, in which the C library gives freed blocks back at once, so that the system
+counts what is held; what the library keeps by default is noted beside.
+"""
+import argparse
+import gc
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import datetime, timezone
+
+import torch
+
+from common import machine, own_process, parser_of, peak, spread, steady, versions, write
+from simclr_nb.augment import TwoViews, create_policy
+from simclr_nb.cost import PRECISIONS
+from simclr_nb.encoder import create_encoder, encoder_stem
+from simclr_nb.head import SimCLR, projection_head
+from simclr_nb.loss import NTXent
+from simclr_nb.microbatch import micro_batched
+from simclr_nb.optim import LARS
+from simclr_nb.plan import PlanConfig, run_plan
+
+SAME = dict(gpus="cpu", decode_rate=0, epochs=1)
+STEPS = dict(
+    small=PlanConfig("50000x32", "resnet18", 0.25, batch=256, precision="bf16", **SAME),
+    deep=PlanConfig("50000x32", "resnet50", 1.0, batch=32, precision="fp32", **SAME),
+    photos=PlanConfig("50000x96", "resnet18", 0.5, batch=256, micro_batch=64, precision="bf16", **SAME),
+)
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def create_step(config: PlanConfig, batch: int) -> Callable[[], None]:
+    "A training step on random images, with all that it needs."
+    size = int(config.data.split("x")[1])
+    encoder = create_encoder(config.arch, config.width, encoder_stem(size))
+    model = SimCLR(encoder, projection_head(encoder.out_dim))
+    model = model.to(memory_format=torch.channels_last)
+    views = TwoViews(create_policy("cifar" if size <= 64 else "paper", size))
+    x, loss, opt = torch.randint(256, (batch, 3, size, size)).byte(), NTXent(), LARS(
+        model.parameters(), lr=0.1)
+    half = config.precision != "fp32"
+
+    def step():
+        v = views(x).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", PRECISIONS[config.precision]) if half else nullcontext():
+            value = loss(micro_batched(model, v, config.micro_batch) if config.micro_batch else model(v))
+        value.backward()
+        opt.step()
+        opt.zero_grad()
+    return step
+
+
+def measure_peak(name: str) -> dict:
+    "Peak memory of three steps, model and images included; for a fresh process."
+    create_step(STEPS[name], 2)()  # libraries allocate something at their first call
+    gc.collect()
+
+    def work():
+        step = create_step(STEPS[name], STEPS[name].batch)
+        for _ in range(3): step()
+    return peak(work)
+
+
+def peaks(name: str, args: argparse.Namespace) -> dict:
+    "MiB that steps hold, and what the C library makes of that by default."
+    own = {k: os.environ.pop(k, None) for k in GIVE_BACK}
+    kept = own_process(__file__, peak=name, threads=args.threads)["peak_mib"]
+    os.environ.update(GIVE_BACK)
+    held = own_process(__file__, peak=name, threads=args.threads)["peak_mib"]
+    for k, v in own.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+    return dict(held_mib=held, by_default_mib=kept)
+
+
+def seconds(name: str, args: argparse.Namespace) -> dict:
+    "Seconds of each of some steps, after two to warm up."
+    step, runs = create_step(STEPS[name], STEPS[name].batch), []
+    for _ in range(2 + args.repeats):
+        start = time.perf_counter()
+        step()
+        runs.append(round(time.perf_counter() - start, 4))
+    return spread(runs[2:])
+
+
+def compare(name: str, args: argparse.Namespace) -> dict:
+    "Prediction and measurement of a configuration."
+    torch.manual_seed(0)
+    plan = run_plan(STEPS[name])
+    measured, memory = seconds(name, args), peaks(name, args)
+    predicted = dict(seconds=round(plan.step, 4), mib=round(sum(plan.memory.values()) / 2**20, 1))
+    return dict(config=asdict(STEPS[name]), predicted=predicted, parts=plan.seconds,
+                seconds=measured, **memory,
+                time_ratio=round(predicted["seconds"] / measured["median"], 3),
+                memory_ratio=round(predicted["mib"] / memory["held_mib"], 3))
+
+
+def measure(args: argparse.Namespace) -> dict:
+    "The result card: what was measured, and all that is needed to judge and repeat it."
+    hardware, start = machine(), time.perf_counter()
+    steps = {name: compare(name, args) for name in STEPS}
+    return dict(
+        benchmark="Training steps: predicted and measured seconds and MiB",
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"), versions=versions("torch"),
+        hardware=hardware, settings=dict(repeats=args.repeats, threads=args.threads, seed=0),
+        steps=steps, steady=steady(*(s["seconds"] for s in steps.values())),
+        seconds=round(time.perf_counter() - start))
+
+
+def row(name: str, step: dict) -> str:
+    "Of the table, one for each configuration."
+    c, p, s = (step[k] for k in ("config", "predicted", "seconds"))
+    micro = f" by {c['micro_batch']}" if c["micro_batch"] else ""
+    what = (f"{name}: {c['arch']} x {c['width']:g}, {c['data'].split('x')[1]} px, batch {c['batch']}"
+            f"{micro}, {c['precision']}")
+    return (f"| {what} | {p['seconds']:.3f} | {s['median']:.3f} | {s['min']:.3f} | {s['max']:.3f} | "
+            f"{step['time_ratio']:.2f} | {p['mib']:,.0f} | {step['held_mib']:,.0f} | "
+            f"{step['memory_ratio']:.2f} | {step['by_default_mib']:,.0f} |")
+
+
+def table(card: dict) -> str:
+    "Markdown for people, from a card."
+    s, h, v = (card[k] for k in ("settings", "hardware", "versions"))
+    lines = [
+        "| a training step | s predicted | s measured | lowest | highest | ratio | MiB predicted | "
+        "MiB held | ratio | MiB by default |", "|---|" + "---:|" * 9,
+        *(row(name, step) for name, step in card["steps"].items()), "",
+        f"{s['repeats']} steps of each, threads: {s['threads']}. {h['cpu']}, cores: {h['cores']}, "
+        f"load before the run: {h['load_before']}. torch {v['torch']}, {card['date'][:10]}."]
+    if not card["steady"]: lines.append("**Disturbed: runs differ too much. Repeat it.**")
+    return "\n".join(lines) + "\n"
+
+
+def options() -> argparse.ArgumentParser:
+    parser = parser_of(__doc__, repeats=(9, "timed steps of each"),
+                       threads=(machine()["cores"], "of torch"))
+    parser.add_argument("--peak", choices=STEPS, help=argparse.SUPPRESS)
+    return parser
+
+
+def main():
+    parser = options()
+    args = parser.parse_args()
+    if min(args.repeats, args.threads) < 1: parser.error("all counts start at 1")
+    torch.set_num_threads(args.threads)
+    if args.peak: return print(json.dumps(measure_peak(args.peak)))
+    card = measure(args)
+    write("plan", card, table(card), args.output)
+    print(table(card))
+
+
+if __name__ == "__main__": main()

@@ -1,0 +1,207 @@
+"""One run over many processes: the learner by `processes.run`, the command under torchrun and accelerate.
+
+What is read off the one-process run must come out of two, and a failure must end all within a minute.
+"""
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from processes import run
+from simclr_nb.data import simclr_dls
+from simclr_nb.learner import simclr_learner
+from simclr_nb.microbatch import replace_norms
+
+DIGITS = "digits --epochs 3 --n-train 256 --n-valid 64 --bs 64 --width 0.125".split()
+
+
+# The learner
+
+def copies(x: Tensor) -> Tensor:
+    "Two equal views, at the size of the policy: nothing depends on who draws them."
+    x = torch.nn.functional.interpolate(x.float() / 255, 16)
+    return torch.cat([x, x + 0.1 * x.flip(3)])
+
+
+def pretrain(settings: dict) -> dict:
+    "What a small run ends with."
+    settings = dict(settings)
+    torch.manual_seed(0)
+    dls = simclr_dls("digits", bs=64, n_train=256, n_valid=128, seed=0, device="cpu")
+    independent = settings.pop("independent", False)
+    learn = simclr_learner(dls, width=0.125, precision=settings.pop("precision", "fp32"), **settings)
+    if independent: replace_norms(learn.model)
+    learn.views.two_views = copies
+    with learn.no_bar(), learn.no_logging(): learn.pretrain(2)
+    probe = {f"probe {k}": v for k, v in learn.probe.classifier.state_dict().items()}
+    history = {f"history {k}": torch.tensor(v) for k, v in learn.history().items()}
+    weights = {k: v for k, v in learn.model.state_dict().items() if v.is_floating_point()}
+    assert type(learn.model).__name__ == "SimCLR" and type(learn.loss_func).__name__ == learn_loss(settings)
+    return {**weights, **{k: v.detach() for k, v in probe.items()}, **history}
+
+
+def learn_loss(settings: dict) -> str: return "ContrastiveLoss" if "loss" in settings else "NTXent"
+
+
+RUNS = dict(batch_norm={}, other_loss=dict(loss="nt_logistic"), independent=dict(independent=True),
+            micro=dict(independent=True, micro_batch=10))
+
+
+def learners_in_processes(rank: int, world: int) -> dict:
+    return {name: pretrain(settings) for name, settings in RUNS.items()}
+
+
+@pytest.fixture(scope="module")
+def learners(tmp_path_factory):
+    "What each of a number of processes ends with; they run once."
+    return cache(lambda world: run(learners_in_processes, world, tmp_path_factory.mktemp("learn")))
+
+
+def close(found: dict, expected: dict, tolerance: float):
+    "float32 sums in another order, through eight steps and a BatchNorm or two."
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = value.abs().max().clamp_min(1e-2)
+        assert (found[name] - value).abs().max() < tolerance * scale, name
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", RUNS)
+def test_learner_is_that_of_one_process(name, world, learners):
+    "Weights, running statistics, probe, losses, contrastive accuracy and k-NN; on every rank."
+    for found in learners(world): close(found[name], learners(1)[0][name], 2e-3)
+
+
+def test_micro_batches_change_nothing_without_batch_statistics(learners):
+    for world in (1, 2): close(learners(world)[0]["micro"], learners(1)[0]["independent"], 2e-3)
+
+
+COMBINED = [dict(precision=p, micro_batch=m) for p in ("bf16", "fp16") for m in (None, 12)]
+
+
+def options_in_processes(rank: int, world: int) -> list: return [pretrain(dict(s)) for s in COMBINED]
+
+
+def test_options_combine(tmp_path, learners):
+    "Half precision with micro-batches and processes; ranks stay equal, and near full precision."
+    first, second = run(options_in_processes, 2, tmp_path)
+    for settings, a, b in zip(COMBINED, first, second, strict=True):
+        for name in a: assert torch.equal(a[name], b[name]), (settings, name)
+        loss, expected = (x["history train_loss"][-1] for x in (a, learners(2)[0]["batch_norm"]))
+        assert (loss - expected).abs() < 0.05 * expected, settings
+
+
+def compiled_in_processes(rank: int, world: int) -> dict:
+    return pretrain(dict(compiled=True, precision="bf16", micro_batch=16))
+
+
+@pytest.mark.slow
+def test_compiled_combines(tmp_path, learners):
+    "torch.compile with bf16, channels-last, micro-batches and two processes."
+    first, second = run(compiled_in_processes, 2, tmp_path, timeout=900)
+    for name in first: assert torch.equal(first[name], second[name]), name
+    loss, expected = (x["history train_loss"][-1] for x in (first, learners(2)[0]["batch_norm"]))
+    assert (loss - expected).abs() < 0.05 * expected
+
+
+# The command
+
+LAUNCHERS = dict(torchrun=["torch.distributed.run", "--nproc-per-node=2", "--master-port=0"],
+                 accelerate=["accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
+                             "--main_process_port=0"])
+
+
+def begin(out: Path, launcher: str, *options: str) -> subprocess.Popen:
+    "The command in two processes."
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "simclr_nb.cli", *DIGITS]
+    return subprocess.Popen([*command, "--out", str(out), *options], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> str:
+    "What it printed; fails where it does not end."
+    try: return process.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+
+
+def rows(out: Path) -> list[list[str]]:
+    return list(csv.reader((out / "history.csv").read_text().splitlines()))
+
+
+def children(pid: int) -> list[int]:
+    "Processes that a process has started, those of rank 0 and 1 in order."
+    tasks = Path(f"/proc/{pid}/task")
+    return sorted(int(c) for t in tasks.iterdir() for c in (t / "children").read_text().split())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A run in two processes that nobody disturbed."
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    process = begin(out, "torchrun")
+    told = finish(process)
+    assert process.returncode == 0, told
+    return out, told
+
+
+def test_command_prints_and_writes_once(whole):
+    out, told = whole
+    assert told.count("pretraining resnet18") == told.count("report: ") == 1
+    assert "in 2 processes" in told
+    assert [row[0] for row in rows(out)] == ["epoch", "0", "1", "2"]
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "encoder.safetensors",
+                                                     "history.csv", "report.html", "results.json"]
+
+
+def test_accelerate_does_the_same(whole, tmp_path):
+    process = begin(tmp_path / "run", "accelerate")
+    told = finish(process)
+    assert process.returncode == 0, told
+    same_end(whole[0], tmp_path / "run")
+
+
+def same_end(a: Path, b: Path):
+    first, second = (load_file(p / "encoder.safetensors") for p in (a, b))
+    for name in first: assert torch.equal(first[name], second[name]), name
+    assert [row[:-1] for row in rows(a)] == [row[:-1] for row in rows(b)]  # but for the time
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+@pytest.mark.parametrize("who, what", [(1, signal.SIGKILL), (0, signal.SIGKILL), (None, signal.SIGTERM)])
+def test_killed_rank_ends_all_and_the_run_goes_on(whole, tmp_path, who, what):
+    "One rank is killed, or the launcher is asked to stop: an end within a minute, nothing lost."
+    out = tmp_path / "run"
+    process = begin(out, "torchrun")
+    while not list((out / "state").glob("*.ckpt")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    os.kill(process.pid if who is None else children(process.pid)[who], what)
+    began = time.monotonic()
+    told = finish(process, 60)
+    assert process.returncode != 0 and time.monotonic() - began < 60, told
+    if who is None: assert "asked to stop (SIGTERM): the state is in" in told
+    again = begin(out, "torchrun", "--resume")
+    told = finish(again)
+    assert again.returncode == 0, told
+    same_end(whole[0], out)
+
+
+def test_bad_input_is_said_once(tmp_path):
+    process = begin(tmp_path / "run", "torchrun", "--temperature", "-1")
+    told = finish(process)
+    assert process.returncode != 0 and told.count("simclr-pretrain: error: ") == 1, told
+    process = begin(tmp_path / "run", "torchrun", "--bs", "33")
+    told = finish(process)
+    assert "2 processes cannot share a batch of 33: use 32" in told and not (tmp_path / "run").exists()
