@@ -31,7 +31,8 @@ SAME = dict(gpus="cpu", decode_rate=0, epochs=1)
 STEPS = dict(
     small=PlanConfig("50000x32", "resnet18", 0.25, batch=256, precision="bf16", **SAME),
     deep=PlanConfig("50000x32", "resnet50", 1.0, batch=32, precision="fp32", **SAME),
-    photos=PlanConfig("50000x96", "resnet18", 0.5, batch=256, micro_batch=64, precision="bf16", **SAME),
+    photos=PlanConfig("50000x96", "resnet18", 0.5, batch=256, micro_batch=64, precision="bf16",
+                      **SAME),
 )
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -43,14 +44,14 @@ def create_step(config: PlanConfig, batch: int) -> Callable[[], None]:
     model = SimCLR(encoder, projection_head(encoder.out_dim))
     model = model.to(memory_format=torch.channels_last)
     views = TwoViews(create_policy("cifar" if size <= 64 else "paper", size))
-    x, loss, opt = torch.randint(256, (batch, 3, size, size)).byte(), NTXent(), LARS(
-        model.parameters(), lr=0.1)
-    half = config.precision != "fp32"
+    x = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
+    loss, opt, half = NTXent(), LARS(model.parameters(), lr=0.1), config.precision != "fp32"
 
     def step():
         v = views(x).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", PRECISIONS[config.precision]) if half else nullcontext():
-            value = loss(micro_batched(model, v, config.micro_batch) if config.micro_batch else model(v))
+            micro = config.micro_batch
+            value = loss(micro_batched(model, v, micro) if micro else model(v))
         value.backward()
         opt.step()
         opt.zero_grad()
@@ -116,11 +117,12 @@ def row(name: str, step: dict) -> str:
     "Of the table, one for each configuration."
     c, p, s = (step[k] for k in ("config", "predicted", "seconds"))
     micro = f" by {c['micro_batch']}" if c["micro_batch"] else ""
-    what = (f"{name}: {c['arch']} x {c['width']:g}, {c['data'].split('x')[1]} px, batch {c['batch']}"
-            f"{micro}, {c['precision']}")
-    return (f"| {what} | {p['seconds']:.3f} | {s['median']:.3f} | {s['min']:.3f} | {s['max']:.3f} | "
-            f"{step['time_ratio']:.2f} | {p['mib']:,.0f} | {step['held_mib']:,.0f} | "
-            f"{step['memory_ratio']:.2f} | {step['by_default_mib']:,.0f} |")
+    size = c["data"].split("x")[1]
+    what = (f"{name}: {c['arch']} x {c['width']:g}, {size} px, batch {c['batch']}{micro}, "
+            f"{c['precision']}")
+    return (f"| {what} | {p['seconds']:.3f} | {s['median']:.3f} | {s['min']:.3f} | "
+            f"{s['max']:.3f} | {step['time_ratio']:.2f} | {p['mib']:,.0f} | "
+            f"{step['held_mib']:,.0f} | {step['memory_ratio']:.2f} | {step['by_default_mib']:,.0f} |")
 
 
 def table(card: dict) -> str:

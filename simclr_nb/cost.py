@@ -180,7 +180,7 @@ def count_encoder(
         else: encoder = create_encoder(arch, width, encoder_stem(size))
         return count_step(SimCLR(encoder, projection_head(encoder.out_dim)), size, precision)
 
-# %% ../nbs/16a_cost.ipynb #8a162709
+# %% ../nbs/16a_cost.ipynb #499c5bcf
 def memory_parts(
     count: Count,  # Of the model
     size: int,  # Side of the views, in pixels
@@ -201,8 +201,8 @@ def memory_parts(
         "weights, gradients, momentum": (3 + mixed / 2) * weights,
         "images and views": own * pixels * (0.5 + 4) + copies,
         "activations": activations,
-        "backward and optimiser": max(extra, 3 * weights - activations),
-        "loss": 4 * (3 * own * rows if dense else 2 * tile**2) + 4 * 7 * rows * z,
+        "backward and optimiser": max(extra, 3 * weights - activations, 0),
+        "loss": 4 * (3 * own * rows if dense else 2 * tile**2) + 4 * 5 * rows * z,
         "embeddings": 4 * own * (h + z)}
 
 # %% ../nbs/16a_cost.ipynb #5d9fb61d

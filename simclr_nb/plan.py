@@ -181,13 +181,14 @@ def op_seconds(
     compute, memory = (sum(column) for column in zip(*parts))
     return {"compute": compute, "memory bandwidth": memory}
 
-# %% ../nbs/16b_plan.ipynb #3cbe6f26
+# %% ../nbs/16b_plan.ipynb #e8b3d2fb
 @cache
 def _augment_ops(size: int, crop: bool) -> tuple[Op, ...]:
     "Operations of the augmentation of a view; without its crop where workers do that."
     policy = create_policy("cifar" if size <= 64 else "paper", size)
     if not crop: policy = policy.after_crop()
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         x = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8)
         policy(x)  # what it caches is not counted
         return tuple(count_ops(policy, x))
@@ -199,7 +200,7 @@ def _other_ops(count: Count, batch: int, devices: int) -> list[Op]:
     loss = Op("nt_xent", False, products, 4 * 2 * batch * count.dims[1], 0, 0, "product")
     return [loss, Op("lars", False, 0, 16 * 4 * count.params, 0, 0)]
 
-# %% ../nbs/16b_plan.ipynb #654b6378
+# %% ../nbs/16b_plan.ipynb #2136b173
 @dataclass
 class PlanConfig:
     "What to plan for."
@@ -207,7 +208,7 @@ class PlanConfig:
     data: str = "imagenet"  # "imagenet", "cifar10", or number x side of images: 50000x96
     arch: str = "resnet50"  # Encoder: resnet18, 34, ... 200, torchvision/NAME or timm/NAME
     width: float = 1.0  # Multiplies the channels of the encoder
-    size: int | None = None  # Side of the views in pixels; 224 for ImageNet, else that of the images
+    size: int | None = None  # Side of the views in pixels; ImageNet 224, else as the images
     batch: int = 4096  # Images in a batch, over all devices
     gpus: str = "8xh100"  # Devices: a100, 8xh100; nodes too: 4x8xa100; or cpu, this machine
     micro_batch: int | None = None  # Images whose activations a device holds at a time; all
@@ -218,7 +219,7 @@ class PlanConfig:
     cores: int = 8  # CPU cores beside each device, which decode images
     decode_rate: float = 200.0  # Photos that a core decodes and crops twice a second; 0: no need
 
-# %% ../nbs/16b_plan.ipynb #5416420b
+# %% ../nbs/16b_plan.ipynb #9f129834
 def _positive(config: PlanConfig) -> None:
     "Refuse counts below 1."
     for name in ("batch", "micro_batch", "epochs", "cores", "size"):
@@ -241,8 +242,8 @@ def _images(config: PlanConfig) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", config.data)
     if match: known[config.data] = int(match[1]), int(match[2])
     if config.data not in known or min(known[config.data]) < 1:
-        raise ValueError(f"unknown data {config.data!r}: choose from imagenet, cifar10, or number x "
-                         "side of images, such as 50000x96")
+        raise ValueError(f"unknown data {config.data!r}: choose from imagenet, cifar10, or number x"
+                         " side of images, such as 50000x96")
     n, side = known[config.data]
     return n, config.size or side
 
@@ -274,7 +275,7 @@ def _device(name: str, precision: str) -> Device:
         raise ValueError(f"{name} has no {precision}: choose from {', '.join(device.peak)}")
     return device
 
-# %% ../nbs/16b_plan.ipynb #e36da39c
+# %% ../nbs/16b_plan.ipynb #73af7c15
 @dataclass
 class Plan:
     "Predicted time and memory of a configuration; printed, an answer."
@@ -300,6 +301,12 @@ class Plan:
         return sum(self.memory.values()) <= self.room
 
     @property
+    def limit(self) -> str:
+        "What a faster step needs more of: decoding, if devices wait for it, or the largest part."
+        if self.seconds["decoding"] > 0: return "decoding"
+        return max(self.seconds, key=self.seconds.get)
+
+    @property
     def epoch(self) -> float:
         "Seconds of an epoch."
         return self.images // self.config.batch * self.step
@@ -313,7 +320,8 @@ class Plan:
                  f"Memory of a device: {need / 1e9:.1f} GB of {self.room / 1e9:.1f} GB, "
                  + ("fits" if self.fits else "DOES NOT FIT")]
         lines += [f"  {name:30} {v / 1e9:8.2f} GB" for name, v in self.memory.items()]
-        lines += [self._advice(), "", f"Step: {self.step:.3f} s, {c.batch / self.step:,.0f} images/s"]
+        speed = c.batch / self.step
+        lines += [self._advice(), "", f"Step: {self.step:.3f} s, {speed:,.0f} images/s"]
         lines += [f"  {name:30} {v / self.step:8.0%}" for name, v in self.seconds.items()]
         lines += [f"Epoch: {self.epoch / 60:.1f} min; {c.epochs} epochs: "
                   f"{c.epochs * self.epoch / 3600:.1f} h", self._limit()]
@@ -326,14 +334,13 @@ class Plan:
         return f"{text}; this one with micro_batch {self.micro_batch} (--micro-batch)"
 
     def _limit(self) -> str:
-        most = max(self.seconds, key=self.seconds.get)
-        text = f"What limits it: {most}" + ("" if self.fits else ", once it fits")
+        text = f"What limits it: {self.limit}" + ("" if self.fits else ", once it fits")
         needed, given = self.decoding
         if not given: return text
         return f"{text}. Decoding: {needed:,.0f} photos/s needed, {given:,.0f} given"
 
-# %% ../nbs/16b_plan.ipynb #b625841f
-def _step_seconds(count: Count, config: PlanConfig, size: int, place: tuple, device: Device) -> dict:
+# %% ../nbs/16b_plan.ipynb #78905ea2
+def _times(count: Count, config: PlanConfig, size: int, place: tuple, device: Device) -> dict:
     "Seconds of a step by what limits it, without decoding."
     nodes, each, world = *place, place[0] * place[1]
     n, crop = config.batch // world, size <= 64 or not config.decode_rate
@@ -341,8 +348,9 @@ def _step_seconds(count: Count, config: PlanConfig, size: int, place: tuple, dev
     chunks = math.ceil(n / chunk)
     forward, backward = ([op for op in count.ops if op.backward == b] for b in (False, True))
     augment = _augment_ops(size, crop)
-    work = [(forward, 2 * n / chunks, chunks * (1 + (chunks > 1))), (backward, 2 * n / chunks, chunks),
-            (augment, n, 2), (_other_ops(count, n, world), 1, 1)]
+    views, passes = 2 * n / chunks, chunks * (1 + (chunks > 1))
+    work = [(forward, views, passes), (backward, views, chunks), (augment, n, 2),
+            (_other_ops(count, n, world), 1, 1)]
     timed = [(op_seconds(ops, views, device, config.precision, 1 / times), times)
              for ops, views, times in work]
     total = {k: sum(times * t[k] for t, times in timed) for k in timed[0][0]}
@@ -382,7 +390,7 @@ def _decoding(config: PlanConfig, size: int, world: int, busy: float) -> tuple[f
     if size <= 64 or not config.decode_rate: return 0.0, 0.0
     return config.batch / busy, world * config.cores * config.decode_rate
 
-# %% ../nbs/16b_plan.ipynb #30b0c96d
+# %% ../nbs/16b_plan.ipynb #d8143ed1
 def run_plan(
     config: PlanConfig,  # What to plan for
 ) -> Plan:
@@ -396,14 +404,13 @@ def run_plan(
     count = count_encoder(config.arch, config.width, size, config.precision)
     device, n = _device(name, config.precision), config.batch // world
     memory, room = _memory_of(count, config, size, world, device), _room(device)
-    seconds = _step_seconds(count, config, size, (nodes, each), device)
+    seconds = _times(count, config, size, (nodes, each), device)
     busy = sum(seconds.values())
     needed, given = decoding = _decoding(config, size, world, busy)
     waiting = config.batch / given if given else 0.0
     seconds["decoding"] = waiting if device.rates else max(waiting - busy, 0)
     def fits(n, micro=None): return sum(memory(n, micro).values()) <= room
     largest = world * _largest(fits, 2**20)
-    micro = 2 ** (_largest(lambda k: fits(n, 2 ** (k - 1)), n.bit_length()) - 1)
-    micro = int(micro)
+    micro = 2 ** _largest(lambda k: fits(n, 2 ** (k - 1)), n.bit_length()) // 2
     return Plan(config, images, world, seconds, memory(n, config.micro_batch), room, decoding,
                 largest, micro)

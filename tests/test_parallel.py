@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+from fastai.callback.core import Callback
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,9 +27,15 @@ DIGITS = "digits --epochs 3 --n-train 256 --n-valid 64 --bs 64 --width 0.125".sp
 
 # The learner
 
-def copies(x: Tensor) -> Tensor:
-    "Two equal views, at the size of the policy: nothing depends on who draws them."
-    x = torch.nn.functional.interpolate(x.float() / 255, 16)
+class Rounded(Callback):
+    "fastai's smoothed loss takes float32 only."
+    order = 13
+    def after_loss(self): self.learn.loss = self.loss.float()
+
+
+def copies(x: Tensor, dtype: torch.dtype) -> Tensor:
+    "Two views, at the size of the policy, of which nothing depends on who draws them."
+    x = torch.nn.functional.interpolate(x.to(dtype) / 255, 16)
     return torch.cat([x, x + 0.1 * x.flip(3)])
 
 
@@ -37,10 +44,12 @@ def pretrain(settings: dict) -> dict:
     settings = dict(settings)
     torch.manual_seed(0)
     dls = simclr_dls("digits", bs=64, n_train=256, n_valid=128, seed=0, device="cpu")
-    independent = settings.pop("independent", False)
-    learn = simclr_learner(dls, width=0.125, precision=settings.pop("precision", "fp32"), **settings)
+    independent, exact = settings.pop("independent", False), "precision" not in settings
+    learn = simclr_learner(dls, width=0.125, **dict(precision="fp32", cbs=[Rounded()]) | settings)
     if independent: replace_norms(learn.model)
-    learn.views.two_views = copies
+    if exact: learn.model.double().encoder.register_forward_pre_hook(lambda m, x: x[0].double())
+    learn.views.two_views = partial(copies, dtype=next(learn.model.parameters()).dtype)
+    learn.probe._start(torch.empty(0, learn.model.encoder.out_dim))  # equal in all runs
     with learn.no_bar(), learn.no_logging(): learn.pretrain(2)
     probe = {f"probe {k}": v for k, v in learn.probe.classifier.state_dict().items()}
     history = {f"history {k}": torch.tensor(v) for k, v in learn.history().items()}
@@ -66,8 +75,8 @@ def learners(tmp_path_factory):
     return cache(lambda world: run(learners_in_processes, world, tmp_path_factory.mktemp("learn")))
 
 
-def close(found: dict, expected: dict, tolerance: float):
-    "float32 sums in another order, through eight steps and a BatchNorm or two."
+def close(found: dict, expected: dict, tolerance: float = 1e-4):
+    "The network is float64; what is measured of it, float32."
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         scale = value.abs().max().clamp_min(1e-2)
@@ -78,11 +87,11 @@ def close(found: dict, expected: dict, tolerance: float):
 @pytest.mark.parametrize("name", RUNS)
 def test_learner_is_that_of_one_process(name, world, learners):
     "Weights, running statistics, probe, losses, contrastive accuracy and k-NN; on every rank."
-    for found in learners(world): close(found[name], learners(1)[0][name], 2e-3)
+    for found in learners(world): close(found[name], learners(1)[0][name])
 
 
 def test_micro_batches_change_nothing_without_batch_statistics(learners):
-    for world in (1, 2): close(learners(world)[0]["micro"], learners(1)[0]["independent"], 2e-3)
+    for world in (1, 2): close(learners(world)[0]["micro"], learners(1)[0]["independent"])
 
 
 COMBINED = [dict(precision=p, micro_batch=m) for p in ("bf16", "fp16") for m in (None, 12)]
@@ -115,7 +124,7 @@ def test_compiled_combines(tmp_path, learners):
 
 # The command
 
-LAUNCHERS = dict(torchrun=["torch.distributed.run", "--nproc-per-node=2", "--master-port=0"],
+LAUNCHERS = dict(torchrun=["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
                  accelerate=["accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
                              "--main_process_port=0"])
 
