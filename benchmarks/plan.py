@@ -122,7 +122,8 @@ def row(name: str, step: dict) -> str:
             f"{c['precision']}")
     return (f"| {what} | {p['seconds']:.3f} | {s['median']:.3f} | {s['min']:.3f} | "
             f"{s['max']:.3f} | {step['time_ratio']:.2f} | {p['mib']:,.0f} | "
-            f"{step['held_mib']:,.0f} | {step['memory_ratio']:.2f} | {step['by_default_mib']:,.0f} |")
+            f"{step['held_mib']:,.0f} | {step['memory_ratio']:.2f} | "
+            f"{step['by_default_mib']:,.0f} |")
 
 
 def table(card: dict) -> str:

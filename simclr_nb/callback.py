@@ -6,7 +6,7 @@
 __all__ = ['ViewsCallback', 'auto_precision', 'PrecisionCallback', 'ScheduleCallback', 'MicroBatchCallback', 'FiniteLossCallback',
            'RepresentCallback', 'ProbeCallback', 'KNNCallback', 'callback_metric', 'HistoryCallback']
 
-# %% ../nbs/09_callback.ipynb #b5753fcb
+# %% ../nbs/09_callback.ipynb #fd26a54d
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from .augment import TwoViews
 from .data import clean_loader
 from .diagnose import knn_predict, represent
 from .dist import GlobalBatchNorm, gather_in_order, sum_over_ranks
-from .encoder import write_atomic
+from .listing import write_atomic
 from .microbatch import MicroBatched, bare_model
 from .optim import warmup_cosine
 from .processes import all_objects, from_main, is_main, rank

@@ -6,7 +6,7 @@
 __all__ = ['random_state', 'set_random_state', 'find_checkpoints', 'write_checkpoint', 'read_checkpoint', 'latest_checkpoint',
            'learner_state', 'set_learner_state', 'ResumableLearner', 'CheckpointCallback']
 
-# %% ../nbs/09b_checkpoint.ipynb #6848767f
+# %% ../nbs/09b_checkpoint.ipynb #fc7144b2
 import hashlib
 import io
 import pickle
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .encoder import write_atomic
+from .listing import write_atomic
 from .loader import EpochLoader
 from .microbatch import bare_model
 from .processes import all_objects, any_rank, from_main, is_main, rank, world_size

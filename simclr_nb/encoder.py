@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['DEPTHS', 'ARCHITECTURES', 'ResNet', 'encoder_stem', 'AdaptedEncoder', 'adapt_encoder', 'create_encoder',
-           'encoder_stats', 'stats_table', 'write_atomic', 'save_encoder', 'load_encoder']
+           'encoder_stats', 'stats_table', 'save_encoder', 'load_encoder']
 
-# %% ../nbs/03_encoder.ipynb #0dbccdb2
+# %% ../nbs/03_encoder.ipynb #00998ecb
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -29,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 from . import __version__
+from .listing import write_atomic
 
 # %% ../nbs/03_encoder.ipynb #4592d738
 DEPTHS = {  # depth: (kind of block, number of blocks in each group)
@@ -353,26 +353,6 @@ def stats_table(
         lines.append(f"{name:{columns}} {stats['params']:>13,} {stats['macs'] / 1e9:>12.3f} G "
                      f"{stats['out_dim']:>11,}")
     return "\n".join(lines)
-
-# %% ../nbs/03_encoder.ipynb #4147ecda
-def write_atomic(
-    path: str | Path,  # File to write; its folder must exist
-    data: bytes,  # All of its content
-) -> Path:  # The path written
-    "Write a file that holds all of `data` or what it held before; raises `FileNotFoundError`."
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {str(path.parent)!r} to write {path.name!r} into")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 # %% ../nbs/03_encoder.ipynb #79ad7eb9
 def save_encoder(

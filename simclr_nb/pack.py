@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_shards', 'verify_shards']
 
-# %% ../nbs/02b_pack.ipynb #3aac5752
+# %% ../nbs/02b_pack.ipynb #0f2c2346
 import hashlib
 import io
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 from fastcore.basics import chunked
 
 from .data import ImageArrays, Source, _probe, _watch, find_source
-from .listing import write_cache
+from .listing import write_atomic, write_cache
 from .shards import index_about, read_manifest, scan_shards
 
 # %% ../nbs/02b_pack.ipynb #fd25789a
@@ -92,9 +92,9 @@ def _replace(path: Path, write) -> object:
     os.replace(part, path)
     return result
 
-# %% ../nbs/02b_pack.ipynb #a85ff069
+# %% ../nbs/02b_pack.ipynb #5a0d9680
 def _save_manifest(out: Path, manifest: dict) -> None:
-    _replace(out / "manifest.json", lambda f: f.write(json.dumps(manifest, indent=1).encode()))
+    write_atomic(out / "manifest.json", json.dumps(manifest, indent=1).encode())
 
 # %% ../nbs/02b_pack.ipynb #2c5127f8
 def _pack_part(out: Path, manifest: dict, part: _Part, progress: bool) -> None:

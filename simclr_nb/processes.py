@@ -99,10 +99,10 @@ def shard_rows(
         raise ValueError(f"expected n >= 0 and 0 <= rank < world_size, got {found}")
     return range(n * rank // world_size, n * (rank + 1) // world_size)
 
-# %% ../nbs/00e_processes.ipynb #7cb205eb
+# %% ../nbs/00e_processes.ipynb #b25fd50d
 def _as_process(function: Callable, processes: int, args: tuple, errors: SimpleQueue) -> object:
     "What a new process does; the time and text of an error go to a queue."
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     try:
         join_processes()
         result = function(*args)

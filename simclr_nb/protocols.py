@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PROTOCOLS', 'open_encoder', 'EvaluationConfig', 'EvaluationRun', 'run_evaluation']
 
-# %% ../nbs/12c_protocols.ipynb #5de0d30a
+# %% ../nbs/12c_protocols.ipynb #9f3f2d66
 import hashlib
 import json
 import pickle
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from .data import SimCLRDataLoaders, simclr_dls
 from .datasets import TRANSFER_DATASETS, load_transfer
-from .encoder import create_encoder, load_encoder, write_atomic
+from .encoder import create_encoder, load_encoder
+from .listing import write_atomic
 from simclr_nb.evaluate import (
     encoder_features,
     knn_accuracy,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARD', 'Result', 'load_result', 'accuracy_result', 'mean_result', 'speed', 'environment']
 
-# %% ../nbs/10b_result.ipynb #75ffde19
+# %% ../nbs/10b_result.ipynb #b31a2eb0
 import json
 import math
 import platform
@@ -22,7 +22,7 @@ from scipy.stats import t
 from torch import Tensor
 
 from .diagnose import wilson_interval
-from .encoder import write_atomic
+from .listing import write_atomic
 
 # %% ../nbs/10b_result.ipynb #3353276e
 CARD = {  # Fact to the places in a card that may state it

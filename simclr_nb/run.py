@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunConfig', 'compare_with_baselines', 'report_html', 'Run', 'run_pretraining']
 
-# %% ../nbs/11b_run.ipynb #247173b6
+# %% ../nbs/11b_run.ipynb #de8e7d2f
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +22,7 @@ from .callback import HistoryCallback
 from .checkpoint import CheckpointCallback
 from .data import SimCLRDataLoaders, clean_loader, simclr_dls
 from .diagnose import covariance_spectrum, represent, tsne
-from .encoder import create_encoder, write_atomic
+from .encoder import create_encoder
 from simclr_nb.evaluate import (
     encoder_features,
     knn_accuracy,
@@ -31,6 +31,7 @@ from simclr_nb.evaluate import (
     random_encoder,
 )
 from .learner import BASE_LR, SimCLRLearner, simclr_learner
+from .listing import write_atomic
 from .loss import NTXent
 from .optim import scale_lr
 from .processes import all_objects, from_main, is_main, join_processes, world_size

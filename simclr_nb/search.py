@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUDGETS', 'Grid', 'transfer_grid', 'bn_momentum', 'Journal', 'search']
 
-# %% ../nbs/12a_search.ipynb #1a6df5bf
+# %% ../nbs/12a_search.ipynb #497ed797
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastprogress.fastprogress import progress_bar
 
-from .encoder import write_atomic
+from .listing import write_atomic
 from .result import Result
 
 # %% ../nbs/12a_search.ipynb #7e08291c

@@ -6,7 +6,7 @@
 __all__ = ['SplitImages', 'transfer_features', 'transfer_score', 'transfer_result', 'linear_transfer', 'finetune_transfer',
            'transfer_table']
 
-# %% ../nbs/12b_transfer.ipynb #44dd120d
+# %% ../nbs/12b_transfer.ipynb #198d3c54
 import hashlib
 import time
 from dataclasses import asdict, replace
@@ -26,7 +26,7 @@ from .classifier import Recipe
 from .comparison import best_in_row
 from .datasets import TRANSFER_DATASETS, TRANSFER_RESULTS, TransferData, TransferSplit
 from .diagnose import represent
-from .encoder import write_atomic
+from .listing import write_atomic
 from .evaluate import encoder_config, random_encoder
 from .finetune import train_classifier
 from .logistic import L2_STRENGTHS, fit_logistic

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "simclr_nb"
 MAP = """show processes crop color distort augment listing shards loader data pack datasets encoder labels head
          loss alternatives dist microbatch optim
          diagnose transformation callback checkpoint parallel learner result significance comparison logistic classifier
-         evaluate run search finetune transfer protocols study amdim multiview convert plan cli""".split()
+         evaluate run search finetune transfer protocols study amdim multiview convert cost plan cli""".split()
 DISTRIBUTION = {"sklearn": "scikit-learn", "PIL": "pillow"}  # where an import has another name
 
 ini = ConfigParser(delimiters=["="])
