@@ -150,7 +150,7 @@ def _check_about(learn, saved: dict) -> None:
             raise ValueError(f"the checkpoint is of a run with {name} {saved.get(name)}, this one"
                              f" has {own}: use the same settings, or another folder")
 
-# %% ../nbs/09b_checkpoint.ipynb #7d5f13ba
+# %% ../nbs/09b_checkpoint.ipynb #cc151cc0
 def learner_state(
     learn: Learner,  # In a fit
     steps: int,  # Training steps done in this epoch
@@ -160,7 +160,8 @@ def learner_state(
     return dict(
         about=_about(learn), epoch=learn.epoch, steps=steps, train_iter=learn.train_iter,
         pct_train=learn.pct_train, model=bare_model(learn.model).state_dict(),
-        opt=learn.opt.state_dict(), random=all_objects(random_state()), scaler=None if scaler is None else scaler.state_dict(),
+        opt=learn.opt.state_dict(), random=all_objects(random_state()),
+        scaler=None if scaler is None else scaler.state_dict(),
         loader=loader.state_dict() if isinstance(loader, EpochLoader) else None,
         order=loader.rng.getstate(),
         callbacks={name: cb.state_dict() for name, cb in _stateful(learn).items()},

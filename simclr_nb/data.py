@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['NAMED_SOURCES', 'read_image', 'find_images', 'check_images', 'ImageArrays', 'load_arrays', 'ArrayLoader',
            'ArrayEpochLoader', 'central_square', 'CleanFiles', 'ImageFiles', 'Source', 'folder_source', 'shard_source',
-           'digits_source', 'cifar10_source', 'find_source', 'SimCLRDataLoaders', 'simclr_dls', 'clean_loader',
-           'label_subset']
+           'digits_source', 'cifar10_source', 'find_source', 'SimCLRDataLoaders', 'simclr_dls', 'clean_loader']
 
 # %% ../nbs/02_data.ipynb #9926f50b
 import os
@@ -429,21 +428,3 @@ def clean_loader(
     if shard: rows = shard_rows(len(rows), rank(), world_size())
     loader.n, loader.get_idxs = len(rows), partial(list, rows)
     return loader
-
-# %% ../nbs/02_data.ipynb #b7fb5fcb
-def label_subset(
-    labels: Tensor,  # `(N,)`, int64
-    per_class: int,  # Images to keep of each class
-    seed: int = 0,  # Seed of the draw
-) -> Tensor:  # Indices into `labels`, `(per_class * classes,)`, sorted
-    "Class-balanced random subset; raises `ValueError` where a class has too few images."
-    labels = labels.cpu()
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for label in labels.unique():
-        members = (labels == label).nonzero()[:, 0]
-        if len(members) < per_class:
-            found = f"class {label.item()} has {len(members)} images"
-            raise ValueError(f"{found}, fewer than {per_class} per class")
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
-    return torch.cat(chosen).sort().values

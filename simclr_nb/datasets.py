@@ -6,7 +6,7 @@
 __all__ = ['VOC_CLASSES', 'TRANSFER_DATASETS', 'TRANSFER_RESULTS', 'TransferSplit', 'hold_out', 'TransferSpec', 'TransferData',
            'load_transfer']
 
-# %% ../nbs/12_datasets.ipynb #5f27f52e
+# %% ../nbs/12_datasets.ipynb #22808979
 import os
 import pickle
 from collections.abc import Callable, Sequence
@@ -23,7 +23,8 @@ from scipy.io import loadmat
 from torch import Tensor
 from torchvision import datasets as tv
 
-from .data import find_images, label_subset, read_image
+from .data import find_images, read_image
+from .labels import label_fraction
 
 # %% ../nbs/12_datasets.ipynb #f4d42a63
 @dataclass
@@ -110,13 +111,13 @@ def _read_sun397(root: Path, seed: int) -> _Parts:
         return _split([(base / line[1:], index[line[3:].rpartition("/")[0]]) for line in lines])
     return classes, part("Training_01.txt"), None, part("Testing_01.txt")
 
-# %% ../nbs/12_datasets.ipynb #fa90ec92
+# %% ../nbs/12_datasets.ipynb #003d1959
 def _read_caltech101(root: Path, seed: int) -> _Parts:
     "30 random images of each class to train, the others to test."
     files = find_images(root / "caltech101" / "101_ObjectCategories")
     classes = sorted({path.parent.name for path in files})
     everything = _split([(path, classes.index(path.parent.name)) for path in files])
-    chosen = label_subset(everything.labels, 30, seed)
+    chosen = label_fraction(everything.labels, per_class=30, seed=seed)
     rest = torch.ones(len(files), dtype=torch.bool)
     rest[chosen] = False
     return classes, everything.select(chosen), None, everything.select(rest.nonzero()[:, 0])

@@ -256,6 +256,13 @@ def _loaders(config: RunConfig) -> SimCLRDataLoaders:
     kwargs = {name: getattr(config, name) for name in same}
     return simclr_dls(config.data, num_workers=config.workers, **kwargs)
 
+# %% ../nbs/11b_run.ipynb #326c140c
+def _learner(dls: SimCLRDataLoaders, config: RunConfig) -> SimCLRLearner:
+    "Learner of a run."
+    passed = ("temperature", "precision", "zero_init_last", "micro_batch", "compiled")
+    kwargs = {name: getattr(config, name) for name in passed}
+    return simclr_learner(dls, config.arch, config.width, **kwargs)
+
 # %% ../nbs/11b_run.ipynb #b4c2dcaf
 def _evaluate(learn: SimCLRLearner, untrained: torch.nn.Module, settings: dict) -> dict:
     "Results of the encoder and its baselines, with all settings in the card."
@@ -309,7 +316,7 @@ def _announce(config: RunConfig, info: dict, folder: Path) -> None:
     if info["skipped"]:
         print(f"skipped {len(info['skipped'])} damaged files, listed in {folder / 'config.json'}")
 
-# %% ../nbs/11b_run.ipynb #350b5502
+# %% ../nbs/11b_run.ipynb #041651fe
 def run_pretraining(
     config: RunConfig,  # Settings
 ) -> Run:
@@ -319,9 +326,7 @@ def run_pretraining(
     set_seed(config.seed)
     dls = _loaders(config)
     config = _complete(config, dls.train.bs * world_size())
-    passed = ("temperature", "precision", "zero_init_last", "micro_batch", "compiled")
-    kwargs = {name: getattr(config, name) for name in passed}
-    learn = simclr_learner(dls, config.arch, config.width, **kwargs)
+    learn = _learner(dls, config)
     folder = learn.path = _shared_folder(config)
     about = dict(data=dls.info, policy=repr(dls.policy), version=__version__)
     settings = dict(config=asdict(config), **about)

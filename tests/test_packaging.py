@@ -20,7 +20,7 @@ except ImportError: import tomli as tomllib  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "simclr_nb"
-MAP = """show processes crop color distort augment listing shards loader data pack datasets encoder labels head
+MAP = """show processes crop color distort augment listing shards loader data pack labels datasets encoder head
          loss alternatives dist microbatch optim
          diagnose transformation callback checkpoint parallel learner result significance comparison logistic classifier
          evaluate run search finetune transfer protocols study amdim multiview convert cost plan cli""".split()
