@@ -377,11 +377,11 @@ def _own_batch(bs: int | None, n_train: int, n_valid: int) -> int:
         raise ValueError(f"batch size {bs} is larger than the {limit}")
     return bs // world
 
-# %% ../nbs/02_data.ipynb #56ce3905
+# %% ../nbs/02_data.ipynb #a861c604
 def simclr_dls(
     data: str | Path | Source = "digits",  # "digits", "cifar10", a folder of images, or a `Source`
     size: int | None = None,  # Side of views, 8 to 1024; by default that of small images, else 96
-    bs: int | None = None,  # Images in a batch, N, of all processes; 256, or half the training images
+    bs: int | None = None,  # Images in a batch, N, of all processes; 256, or half of them if fewer
     policy: str | Policy = "auto",  # Augmentation: a name of `POLICIES`, or a `Policy`
     strength: float | None = None,  # Strength of the colour distortion; the policy's own by default
     n_train: int | None = None,  # Only the first images (balanced over classes); all by default
