@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime, timezone
+from statistics import fmean
 
 import torch
 
@@ -90,11 +91,14 @@ def seconds(name: str, args: argparse.Namespace) -> dict:
 
 
 def compare(name: str, args: argparse.Namespace) -> dict:
-    "Prediction and measurement of a configuration."
+    "Prediction and measurement of a configuration; the device is measured before and after."
     torch.manual_seed(0)
     plan = run_plan(STEPS[name])
-    measured, memory = seconds(name, args), peaks(name, args)
-    predicted = dict(seconds=round(plan.step, 4), mib=round(sum(plan.memory.values()) / 2**20, 1))
+    measured = seconds(name, args)
+    expected = [plan.step, run_plan(STEPS[name]).step]
+    memory = peaks(name, args)
+    predicted = dict(seconds=round(fmean(expected), 4), both=[round(s, 4) for s in expected],
+                     mib=round(sum(plan.memory.values()) / 2**20, 1))
     return dict(config=asdict(STEPS[name]), predicted=predicted, parts=plan.seconds,
                 seconds=measured, **memory,
                 time_ratio=round(predicted["seconds"] / measured["median"], 3),
