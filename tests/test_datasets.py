@@ -316,7 +316,7 @@ def test_caltech101_trains_on_30_images_a_class(minis):
 def test_caltech101_class_that_is_too_small(mini):
     root = mini("caltech101")
     for i in (1, 2): (root / f"caltech101/101_ObjectCategories/accordion/image_000{i}.jpg").unlink()
-    with pytest.raises(ValueError, match="class 2 has 29 images, fewer than 30"):
+    with pytest.raises(ValueError, match="class 2 has 29 images, fewer than the 30"):
         load_transfer("caltech101", root)
 
 
