@@ -220,7 +220,7 @@ def _check_same_folder(state: dict | None, folder: Path) -> None:
         raise ValueError(f"{folder}: the ranks see checkpoints of steps {seen}; use a folder that"
                          " all nodes share")
 
-# %% ../nbs/09b_checkpoint.ipynb #c9ac85bc
+# %% ../nbs/09b_checkpoint.ipynb #f4d09f91
 class CheckpointCallback(Callback):
     "Save all that a run needs to go on; raises `ValueError` for a folder of another run."
     order = 80  # after history, probe and neighbours
@@ -260,15 +260,15 @@ class CheckpointCallback(Callback):
         due = self.every_steps and self.train_iter % self.every_steps == 0
         stop, due = any_rank(self.is_stopped, due or minutes >= self.every_minutes)
         if self.training and (stop or due): self._write(self.iter + 1)
-        self._end(stop)  # in validation: what training did was saved when it was over
+        if stop: self._end()  # in validation: what training did was saved when it was over
 
     def after_train(self):
         self._write(self.n_iter)
-        self._end(*any_rank(self.is_stopped))
+        if any(any_rank(self.is_stopped)): self._end()
 
     def after_fit(self):
         if self.handler is not None: signal.signal(signal.SIGTERM, self.handler)
-        self._end(*any_rank(self.is_stopped))
+        if any(any_rank(self.is_stopped)): self._end()
 
     def _write(self, steps: int) -> None:
         "Write the state, unless it is spoilt or could not be resumed."
@@ -281,9 +281,8 @@ class CheckpointCallback(Callback):
         if error := from_main(error): raise OSError(error)  # on all ranks: none shall wait
         self.saved_at = time.monotonic()
 
-    def _end(self, stop: bool) -> None:
-        "End the process if any was asked to."
-        if not stop: return
+    def _end(self) -> None:
+        "End the process, since one was asked to."
         if is_main(): print(f"asked to stop (SIGTERM): the state is in {self.folder}", flush=True)
         raise SystemExit(128 + signal.SIGTERM)
 

@@ -358,10 +358,11 @@ def _decode(source: Source, n_train: int | None, n_valid: int | None, skip_bad: 
         sets = [load_arrays(paths, source.labels(paths), progress) for paths in sets]
     return Source(source.name, *sets, source.classes, source.split), skipped
 
-# %% ../nbs/02_data.ipynb #f0565c1b
+# %% ../nbs/02_data.ipynb #368eeca2
 def _own_batch(bs: int | None, n_train: int, n_valid: int) -> int:
     "This process's part of a batch; refuses one that cannot be filled or that has no negatives."
-    least, world = 2 * world_size(), world_size()
+    world = world_size()
+    least = 2 * world
     if bs is None: bs = max(min(256, n_train // 2) // world * world, least)
     for_all = f" for {world} processes" if world > 1 else ""
     if bs < least:

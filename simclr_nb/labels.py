@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['label_fraction', 'save_label_list', 'load_label_list', 'match_list']
 
-# %% ../nbs/03b_labels.ipynb #df2d859a
+# %% ../nbs/03b_labels.ipynb #b6212b03
 import math
 import os
 from collections import Counter, defaultdict
@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .listing import IMAGE_SUFFIXES
-from .listing import write_atomic
+from .listing import IMAGE_SUFFIXES, write_atomic
 
 # %% ../nbs/03b_labels.ipynb #250a9c0c
 def _shares(n_images: int, n_classes: int, fraction: float | None, per_class: int | None) -> tuple:

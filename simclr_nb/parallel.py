@@ -41,7 +41,7 @@ def _check_same_loaders(loaders: list) -> None:
         raise ValueError(f"the loaders of the ranks differ: {every}; give all ranks the same data,"
                          " batch and seed")
 
-# %% ../nbs/09c_parallel.ipynb #c5260bda
+# %% ../nbs/09c_parallel.ipynb #2dcd9a60
 class DistributedCallback(DistributedTrainer):
     "Train as one process with the images of all; accelerate wraps the model."
 
@@ -61,9 +61,9 @@ class DistributedCallback(DistributedTrainer):
     def before_fit(self):
         self.run = world_size() > 1
         if not self.run: return
-        if self.global_batch_norm: to_global_batch_norm(bare_model(self.model))
+        self.learn.model = bare_model(self.model)  # an earlier fit may have failed
+        if self.global_batch_norm: to_global_batch_norm(self.model)
         self.old_loss, self.learn.loss_func = self.loss_func, global_loss(self.loss_func)
-        self.learn.model = bare_model(self.model)
         with warnings.catch_warnings():  # of an argument for which accelerate has no other name yet
             warnings.simplefilter("ignore", FutureWarning)
             super().before_fit()
