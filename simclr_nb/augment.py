@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'STUDY_OPERATORS', 'Policy', 'color_distortion', 'paper_policy', 'cifar_policy', 'official_policy',
-           'digits_policy', 'supervised_policy', 'broad_policy', 'PerImage', 'autoaugment_policy', 'randaugment_policy',
-           'create_policy', 'TwoViews', 'composition_policy']
+           'digits_policy', 'supervised_policy', 'broad_policy', 'amdim_policy', 'PerImage', 'autoaugment_policy',
+           'randaugment_policy', 'create_policy', 'TwoViews', 'composition_policy']
 
-# %% ../nbs/01_augment.ipynb #4fe4f706
+# %% ../nbs/01_augment.ipynb #d8008015
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -17,12 +17,12 @@ from torch import Generator, Tensor
 from torchvision.transforms import v2
 
 from .color import ColorJitter, RandomEqualize, RandomGrayscale, RandomSolarize
-from .crop import RandomResizedCrop
+from .crop import RandomFlip, RandomResizedCrop, RandomTranslate
 from .distort import (Cutout, GaussianBlur, GaussianNoise, MotionBlur, RandomRotation,
                                Sobel)
 from .show import image_grid
 
-# %% ../nbs/01_augment.ipynb #db5ddd18
+# %% ../nbs/01_augment.ipynb #699a1af7
 class Policy:
     "A named sequence of operators: stored images in, float views in [0, 1] out."
 
@@ -30,11 +30,23 @@ class Policy:
         self,
         name: str,  # What to call it in reports
         operators: Sequence[Callable[[Tensor, Generator | None], Tensor]],  # Applied in order
+        shared: "Policy | Sequence[Callable] | None" = None,  # First, and alike for both views
+        size: int | None = None,  # Side of images and views, in pixels, where nothing is cropped
     ):
+        if shared and not isinstance(shared, Policy): shared = Policy("shared", shared)
         self.name, self.operators = name, list(operators)
+        self.shared, self._size = shared or None, size
+        if shared and shared.crop:
+            raise ValueError("a policy cannot share a crop: give it to `TwoViews` as `shared`")
+        if size and self.crop:
+            raise ValueError(f"the crop decides the size, {self.crop.size}: leave out size={size}")
 
     def __call__(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         "Images `(N, C, H, W)`, uint8 or float in [0, 1], to one view each."
+        if self._size and x.shape[2:] != (self._size,) * 2:
+            raise ValueError(f"the {self.name} policy does not crop: it expects images of "
+                             f"{self._size} x {self._size} pixels, got {x.shape[2]} x {x.shape[3]}")
+        if self.shared: x = self.shared(x, generator)
         x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
         with torch.autocast(x.device.type, enabled=False):
             for operator in self.operators: x = operator(x, generator)
@@ -47,13 +59,22 @@ class Policy:
 
     @property
     def size(self) -> int | None:
-        "Side of the views, in pixels; that of the images where nothing is cropped."
-        return self.crop.size if self.crop else None
+        "Side of the views, in pixels; None: that of the images, whatever it is."
+        return self.crop.size if self.crop else self._size
 
     def after_crop(self) -> "Policy":
         "The same policy for images that were cropped before, while they were loaded."
         kept = [o for o in self.operators if not isinstance(o, RandomResizedCrop)]
-        return Policy(self.name, kept)
+        return Policy(self.name, kept, self.shared, self._size)
+
+    def geometry(self) -> "Policy":
+        "Its crop or shift, and flip, without colours: for linear evaluation and fine-tuning."
+        kept = [o for o in self.operators if isinstance(o, (RandomResizedCrop, RandomTranslate))]
+        return Policy("crop and flip", kept, self.shared, self._size)
+
+    def separate(self) -> "Policy":
+        "The same policy without what both views share."
+        return Policy(self.name, self.operators, size=self._size)
 
     def show(self, image: Tensor, n: int = 7, generator: Generator | None = None) -> Figure:
         "An image `(3, H, W)`, uint8 or float in [0, 1], and `n` random views of it."
@@ -63,7 +84,10 @@ class Policy:
         return image_grid([image, *views], titles=["original"], size=1.2)
 
     def __repr__(self):
-        return "\n".join([f"{self.name} policy", *(f"  {o!r}" for o in self.operators)])
+        title = f"{self.name} policy" + (f" for images of {self._size} px" if self._size else "")
+        shared = self.shared.operators if self.shared else []
+        once = [f"  once for both views: {o!r}" for o in shared]
+        return "\n".join([title, *once, *(f"  {o!r}" for o in self.operators)])
 
 # %% ../nbs/01_augment.ipynb #45663ffb
 def _check_strength(strength: float) -> float:
@@ -149,6 +173,20 @@ def broad_policy(
     return Policy("broad", operators[:-1] + colors + operators[-1:]
                   + [MotionBlur(p=0.1), Sobel(p=0.1)])
 
+# %% ../nbs/01_augment.ipynb #a664fe5d
+def amdim_policy(
+    size: int = 32,  # Side of the views, in pixels; up to 32, images must have this size
+    strength: float = 1.0,  # Scales the colour jitter, 0 to 1.25; 1 is AMDIM's
+    jitter: bool = True,  # Distort the colours of 80% of the views
+    gray: bool = True,  # Drop the colour of 25% of the views
+) -> Policy:
+    "AMDIM's shift or crop and colours, after a flip that both views share (Bachman et al., 2019)."
+    s, hue = 0.4 * _check_strength(strength), strength * (0.2 if size < 128 else 0.1)
+    colors = [ColorJitter(s, s, s, hue)] * jitter + [RandomGrayscale(0.25)] * gray
+    if size <= 32: return Policy("amdim", [RandomTranslate(), *colors], [RandomFlip()], size)
+    crop = RandomResizedCrop(size, (0.3, 1.0), (0.7, 1.4), flip=0, interpolation="bicubic")
+    return Policy("amdim", [crop, _Clip(), *colors], [RandomFlip()])
+
 # %% ../nbs/01_augment.ipynb #9733d39f
 class PerImage:
     "A transform of single images as an operator: image by image, in 8 bits, seeded."
@@ -192,12 +230,13 @@ def randaugment_policy(
     rand = PerImage(v2.RandAugment(num_ops=2, magnitude=magnitude, fill=128))
     return Policy("randaugment", [RandomResizedCrop(size), rand])
 
-# %% ../nbs/01_augment.ipynb #8774bc85
+# %% ../nbs/01_augment.ipynb #058fa557
 POLICIES = dict(
     paper=paper_policy, cifar=cifar_policy, digits=digits_policy,
     official_v1=partial(official_policy, version="v1"),
     official_v2=partial(official_policy, version="v2"), supervised=supervised_policy,
-    broad=broad_policy, autoaugment=autoaugment_policy, randaugment=randaugment_policy,
+    amdim=amdim_policy, broad=broad_policy, autoaugment=autoaugment_policy,
+    randaugment=randaugment_policy,
 )  # fmt: skip
 
 # %% ../nbs/01_augment.ipynb #3508f8ec
@@ -211,7 +250,7 @@ def create_policy(
         raise ValueError(f"unknown policy {name!r}: choose from {', '.join(POLICIES)}")
     return POLICIES[name](size) if strength is None else POLICIES[name](size, strength)
 
-# %% ../nbs/01_augment.ipynb #6b7489ca
+# %% ../nbs/01_augment.ipynb #8d4b01e1
 class TwoViews:
     "Two independent views of every image, first views in the first half of the rows."
 
@@ -221,8 +260,13 @@ class TwoViews:
         second: Policy | None = None,  # Draws the second view; the same policy by default
         shared: Policy | None = None,  # Applied once to each image, before either; none by default
     ):
-        self.policy, self.second, self.shared = policy, second or policy, shared
-        start = shared.size if shared else None
+        self.policy, self.second = policy, second or policy
+        own = {repr(p.shared): p.shared for p in (policy, self.second) if p.shared}
+        if not shared and len(own) > 1:
+            raise ValueError("the policies share different operators, give one `shared` for both: "
+                             + " or ".join(own))
+        self.shared = shared or next(iter(own.values()), None)
+        start = self.shared.size if self.shared else None
         sizes = [p.size or start for p in (policy, self.second)]
         if all(sizes) and sizes[0] != sizes[1]:
             raise ValueError(f"both views must have one size, got {sizes[0]} and {sizes[1]} px")
@@ -230,27 +274,34 @@ class TwoViews:
     def __call__(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         "Images `(N, C, H, W)`, or pairs of crops `(N, 2, C, S, S)`, to views `(2N, C, S, S)`."
         if x.ndim == 5 and x.shape[1] == 2:
-            if not self.shared: return self._cropped(x, generator)
+            if not (self.shared and self.shared.crop): return self._cropped(x, generator)
             x = self.shared.after_crop()(x[:, 0], generator)
         elif x.ndim != 4:
             raise ValueError(f"expected (N, C, H, W) or (N, 2, C, S, S), got {tuple(x.shape)}")
         elif self.shared: x = self.shared(x, generator)
-        return torch.cat([self.policy(x, generator), self.second(x, generator)])
+        policies = self.policy.separate(), self.second.separate()
+        return torch.cat([policy(x, generator) for policy in policies])
 
     def _cropped(self, pairs: Tensor, generator: Generator | None) -> Tensor:
         "What is left to do for pairs of crops."
-        if self.second is self.policy:
-            return self.policy.after_crop()(pairs.transpose(0, 1).flatten(0, 1), generator)
         if repr(self.policy.crop) != repr(self.second.crop):
             raise ValueError("the images are cropped by one crop, and the policies have two: "
                              f"{self.policy.crop} and {self.second.crop}")
-        both = zip((self.policy, self.second), pairs.unbind(1), strict=True)
-        return torch.cat([policy.after_crop()(x, generator) for policy, x in both])
+        if self.shared:  # the same draws for both crops
+            seed = torch.randint(2**62, (1,), generator=generator).item()
+            pairs = torch.stack([self.shared(x, Generator().manual_seed(seed))
+                                 for x in pairs.unbind(1)], 1)
+        rest = [p.separate().after_crop() for p in (self.policy, self.second)]
+        if self.second is self.policy:
+            return rest[0](pairs.transpose(0, 1).flatten(0, 1), generator)
+        both = zip(rest, pairs.unbind(1), strict=True)
+        return torch.cat([policy(x, generator) for policy, x in both])
 
     def __repr__(self):
-        views = f"two views, each by the {self.policy!r}"
+        first, second = self.policy.separate(), self.second.separate()
+        views = f"two views, each by the {first!r}"
         if self.second is not self.policy:
-            views = f"first views by the {self.policy!r}\nsecond views by the {self.second!r}"
+            views = f"first views by the {first!r}\nsecond views by the {second!r}"
         return f"both views after the {self.shared!r}\n{views}" if self.shared else views
 
 # %% ../nbs/01_augment.ipynb #68c0ca8b

@@ -321,18 +321,20 @@ class SimCLRDataLoaders(DataLoaders):
         kwargs = dict(policy=self.policy, classes=self.classes, info=self.info)
         return type(self)(*loaders, path=self.path, device=self.device, **kwargs)
 
-# %% ../nbs/02_data.ipynb #52ee27fb
+# %% ../nbs/02_data.ipynb #98906e4e
 def _settings(source: Source, arrays: bool, size: int | None, policy: str | Policy,
               strength: float | None) -> Policy:
     "Policy for the images, with what the caller left open decided."
     if size is not None and not 8 <= size <= 1024:
         raise ValueError(f"size must be 8 to 1024 pixels, got {size}")
-    if isinstance(policy, Policy): return policy
     if policy == "auto" and source.name == "digits": policy = "digits"
     side = source.train.images.shape[3] if arrays else 96
     size = size or (max(16, side) if arrays else side)
     if policy == "auto": policy = "cifar" if size <= 64 else "paper"
-    return create_policy(policy, size, strength)
+    if not isinstance(policy, Policy): policy = create_policy(policy, size, strength)
+    if arrays or policy.crop: return policy
+    raise ValueError(f"the {policy.name} policy of {policy.size} px has no crop, which images in"
+                     " files need: choose another size, above 32, or policy")
 
 # %% ../nbs/02_data.ipynb #d5d8549c
 _CHECK_UP_TO = 200_000  # Files that are decoded once before a run; more are looked at when read

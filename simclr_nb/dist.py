@@ -288,11 +288,12 @@ class GlobalLoss(nn.Module):
         "The loss of the whole batch; raises `ValueError` on every rank for unequal shards."
         return self.local(Projection(out.h, gather_views(out.z)[0]))
 
-# %% ../nbs/06_dist.ipynb #25818ed5
+# %% ../nbs/06_dist.ipynb #d9f484fa
 def global_loss(
     loss: nn.Module,  # Of one process, such as `NTXent`
 ) -> nn.Module:  # Has the loss of one process as `local`
-    "The same loss over the views of all ranks."
+    "The same loss over the views of all ranks; one that gathers by itself (`over_ranks`) stays."
+    if getattr(loss, "over_ranks", False): return loss
     if not isinstance(loss, NTXent): return GlobalLoss(loss)
     new = GlobalNTXent(loss.temperature, loss.normalize, loss.reduction, loss.tiled)
     new.local = loss

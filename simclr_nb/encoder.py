@@ -6,12 +6,13 @@
 __all__ = ['DEPTHS', 'ARCHITECTURES', 'ResNet', 'encoder_stem', 'AdaptedEncoder', 'adapt_encoder', 'create_encoder',
            'encoder_stats', 'stats_table', 'save_encoder', 'load_encoder']
 
-# %% ../nbs/03_encoder.ipynb #00998ecb
+# %% ../nbs/03_encoder.ipynb #9c04f09a
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
+from importlib import import_module
 from itertools import chain
 from numbers import Real
 from pathlib import Path
@@ -313,17 +314,20 @@ def _library_encoder(arch: str, size: int = 224, layer: str | None = None,
     encoder.config = dict(arch=arch, size=size, layer=layer, mean=mean, std=std, **options)
     return encoder
 
-# %% ../nbs/03_encoder.ipynb #715d6508
+# %% ../nbs/03_encoder.ipynb #3146d256
 def create_encoder(
-    arch: str = "resnet18",  # A name in `ARCHITECTURES`, "torchvision/NAME" or "timm/NAME"
+    arch: str = "resnet18",  # In `ARCHITECTURES`, or "torchvision/NAME", "timm/NAME", "amdim/NAME"
     width: float = 1.0,  # Multiplies all channel counts, > 0; `64 * width` is whole
     stem: str = "imagenet",  # "imagenet" or "cifar", see `encoder_stem`
     **kwargs,  # Ours: further options of `ResNet`; others: `weights`, those of `adapt_encoder`, ...
 ) -> nn.Module:  # Encoder with attributes `out_dim` and `config`
     "Encoder by name; raises `ValueError` that lists what is allowed, `ImportError` without timm."
     if "/" in arch:
-        if (width, stem) == (1.0, "imagenet"): return _library_encoder(arch, **kwargs)
-        raise ValueError(f"{arch!r} has no options width and stem, got {width} and {stem!r}")
+        if (width, stem) != (1.0, "imagenet"):
+            raise ValueError(f"{arch!r} has no options width and stem, got {width} and {stem!r}")
+        family, name = arch.split("/", 1)
+        if family != "amdim": return _library_encoder(arch, **kwargs)
+        return import_module("simclr_nb.amdim").create_amdim_encoder(name, **kwargs)  # a later one
     _check_choice("architecture", arch, ARCHITECTURES)
     return ARCHITECTURES[arch](width=width, stem=stem, **kwargs)
 

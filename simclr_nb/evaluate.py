@@ -249,7 +249,7 @@ def _feature_batches(encoder: nn.Module, dataset: ImageArrays | ImageFiles,
     order = Generator().manual_seed(seed)
     for rows in row_batches(len(h), bs, steps, order): yield h[rows], y[rows]
 
-# %% ../nbs/11_evaluate.ipynb #55b7150c
+# %% ../nbs/11_evaluate.ipynb #50817557
 def linear_evaluation(
     encoder: nn.Module,  # Gives h, or another layer (`encoder_up_to`); frozen, bit-identical after
     dls: SimCLRDataLoaders,  # Trains on the training set; the validation set is the test set
@@ -274,7 +274,7 @@ def linear_evaluation(
         raise ValueError(f"unknown optimizer {optimizer!r}; choose {', '.join(LINEAR_RECIPES)}")
     hypers = LINEAR_RECIPES[optimizer] | ({} if lr is None else dict(lr=lr))
     recipe = make_recipe(len(rows), epochs, bs, optimizer=optimizer, **hypers)
-    policy = (policy or Policy("crop and flip", [dls.policy.crop])) if augment else None
+    policy = (policy or dls.policy.geometry()) if augment else None
     with evaluating(encoder), torch.random.fork_rng():  # loaders draw from the global state
         classifier = _train_linear(encoder, dls, rows, recipe, policy, seed, progress)
         seconds = time.perf_counter() - start

@@ -86,7 +86,7 @@ def train_classifier(
         train_steps(model, batches, recipe, _dtype(precision, device), progress)
     return model.eval()
 
-# %% ../nbs/11c_finetune.ipynb #ddf0622c
+# %% ../nbs/11c_finetune.ipynb #db12205d
 def _check(data: ImageArrays | ImageFiles, n_classes: int, policy: Policy, batch_norm: str,
            decay: float, precision: str) -> None:
     "Refuse what would fail later, or without a word."
@@ -95,7 +95,7 @@ def _check(data: ImageArrays | ImageFiles, n_classes: int, policy: Policy, batch
     if not 0 <= decay < 1: raise ValueError(f"bn_decay must lie in [0, 1), got {decay}")
     if precision not in ("auto", "bf16", "fp32"):
         raise ValueError(f"precision must be 'auto', 'bf16' or 'fp32', got {precision!r}")
-    if policy.crop is None: raise ValueError("the policy has no crop: the size would be unknown")
+    if policy.size is None: raise ValueError("the policy has no crop: the size would be unknown")
     y = data.labels
     if len(y) < 2: raise ValueError(f"expected at least 2 labelled images, got {len(y)}")
     if y.ndim == 2 and (y.shape[1] != n_classes or y.min() < -1 or y.max() > 1):
@@ -143,7 +143,7 @@ def finetune_scores(
     same = {k: kwargs[k] for k in ("num_workers", "progress") if k in kwargs}
     return class_scores(model, valid, policy, recipe.bs, **same)
 
-# %% ../nbs/11c_finetune.ipynb #96b209cc
+# %% ../nbs/11c_finetune.ipynb #e2f84dfd
 def finetune(
     encoder: nn.Module,  # Where to start: gives h, or a layer of the head (`encoder_up_to`)
     dls: SimCLRDataLoaders,  # Trains on the training set; the validation set is the test set
@@ -167,7 +167,7 @@ def finetune(
     rows = labelled_rows(data.labels, fraction, per_class, train_rows, seed)
     if epochs is None: epochs = 60 if len(rows) <= 0.05 * len(data) else 30
     recipe = make_recipe(len(rows), epochs, bs, lr, weight_decay=weight_decay)
-    policy = policy or Policy("crop and flip", [dls.policy.crop])
+    policy = policy or dls.policy.geometry()
     options = dict(num_workers=dls.train.fake_l.num_workers, progress=progress)
     model = train_classifier(encoder, select_images(data, rows), len(dls.classes), recipe, policy,
                              batch_norm, seed=seed, **options)

@@ -70,7 +70,7 @@ def _matching(state: dict[str, Tensor], wanted: list[str]) -> tuple[dict[str, Te
     found = {n: state[start + n] for n in wanted if start + n in state}
     return found, sorted(set(state) - {start + n for n in wanted})
 
-# %% ../nbs/12c_protocols.ipynb #1dd1ff75
+# %% ../nbs/12c_protocols.ipynb #635dab33
 def open_encoder(
     path: str | Path,  # File of `save_encoder`, or of weights (.safetensors, .pt, .pth)
     arch: str | None = None,  # For weights: name of an encoder, "torchvision/NAME", "timm/NAME"
@@ -83,7 +83,7 @@ def open_encoder(
     if normalize not in ("auto", "imagenet", "none"):
         raise ValueError(f"normalize must be 'auto', 'imagenet' or 'none', got {normalize!r}")
     if arch is None: return load_encoder(path)
-    library = "/" in arch
+    library = "/" in arch and not arch.startswith("amdim/")
     if normalize == "imagenet" and not library:
         raise ValueError(f"{arch!r} takes values in [0, 1]: normalize must be 'none'")
     if library and normalize != "none": kwargs |= dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
