@@ -6,7 +6,8 @@
 __all__ = ['ViewsCallback', 'auto_precision', 'PrecisionCallback', 'ScheduleCallback', 'MicroBatchCallback', 'FiniteLossCallback',
            'RepresentCallback', 'ProbeCallback', 'KNNCallback', 'callback_metric', 'HistoryCallback']
 
-# %% ../nbs/09_callback.ipynb #fd26a54d
+# %% ../nbs/09_callback.ipynb #a6a08f02
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -84,27 +85,31 @@ class PrecisionCallback(MixedPrecision):
         if self.is_entered: self.autocast.__exit__(None, None, None)
         self.is_entered = False
 
-# %% ../nbs/09_callback.ipynb #c18c881d
+# %% ../nbs/09_callback.ipynb #f6610ff1
 class ScheduleCallback(Callback):
-    "Warm-up and cosine decay, set before every training step."
+    "The learning rate of a schedule, set before every training step."
     order = 12  # after a distributed run has shared out the batches
 
     def __init__(
         self,
         peak_lr: float,  # Learning rate at the end of the warm-up
         warmup_epochs: float = 10,  # Length of the warm-up; may be a fraction
+        warmup_steps: int | None = None,  # At most so many steps
+        schedule: Callable = warmup_cosine,  # Of step, peak, warm-up steps and all steps
     ):
         self.peak_lr, self.warmup_epochs = peak_lr, warmup_epochs
+        self.longest, self.schedule_func = warmup_steps, schedule
 
     def before_fit(self):
         steps = len(self.dls.train)
         self.total_steps = steps * self.n_epoch
         self.warmup_steps = round(steps * self.warmup_epochs)
+        if self.longest is not None: self.warmup_steps = min(self.warmup_steps, self.longest)
 
     def before_batch(self):
-        if self.training:
-            lr = warmup_cosine(self.train_iter, self.peak_lr, self.warmup_steps, self.total_steps)
-            self.opt.set_hyper("lr", lr)
+        if not self.training: return
+        steps = self.train_iter, self.peak_lr, self.warmup_steps, self.total_steps
+        self.opt.set_hyper("lr", self.schedule_func(*steps))
 
 # %% ../nbs/09_callback.ipynb #6c6ac6ed
 class MicroBatchCallback(Callback):

@@ -129,7 +129,7 @@ def augmented_batches(
         x = policy(x.to(device), views)
         yield x.contiguous(memory_format=torch.channels_last), y.to(device)
 
-# %% ../nbs/10f_classifier.ipynb #6a19acce
+# %% ../nbs/10f_classifier.ipynb #2c10a0b2
 @dataclass(frozen=True)
 class Recipe:
     "How a classifier is trained, step by step; raises `ValueError` for values out of range."
@@ -152,6 +152,10 @@ class Recipe:
     def create_optimizer(self, params: Iterable) -> Optimizer:
         "Optimiser of the recipe."
         return create_optimizer(self.optimizer, params, self.lr, self.weight_decay)
+
+    def lr_at(self, step: int) -> float:
+        "Learning rate of a step, counted from 0."
+        return warmup_cosine(step, self.lr, self.warmup_steps, self.steps)
 
     @property
     def n_images(self) -> int:
@@ -212,22 +216,22 @@ def _loss(logits: Tensor, y: Tensor) -> Tensor:
     bits = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return (bits * (y >= 0)).sum(1).mean()
 
-# %% ../nbs/10f_classifier.ipynb #cbdaba4b
+# %% ../nbs/10f_classifier.ipynb #817a5927
 def train_steps(
     model: Callable,  # Module that maps x of a batch to logits `(N, C)`; all it has is trained
     batches: Iterable,  # `(x, y)`, one for each step; y classes `(N,)`, or 0, 1, -1, `(N, C)`
     recipe: Recipe,  # Optimiser, steps and learning rate
     autocast: torch.dtype | None = None,  # Compute the logits in this precision; None: as they are
     progress: bool = False,  # Show a progress bar with images/s and ETA
+    loss_func: Callable = _loss,  # Of logits, float32, and y; cross-entropy by default
 ) -> None:
-    "Minimise the cross-entropy; raises `FloatingPointError` where training diverges."
+    "Minimise a loss; raises `FloatingPointError` where training diverges."
     opt, n = recipe.create_optimizer(model.parameters()), recipe.steps
     for step, (x, y) in enumerate(_watched(batches, n, progress)):
-        for group in opt.param_groups:
-            group["lr"] = warmup_cosine(step, recipe.lr, recipe.warmup_steps, n)
+        for group in opt.param_groups: group["lr"] = recipe.lr_at(step)
         opt.zero_grad()
         with torch.autocast(x.device.type, autocast, enabled=autocast is not None): out = model(x)
-        loss = _loss(out.float(), y)
+        loss = loss_func(out.float(), y)
         if (step % 50 == 0 or step == n - 1) and not torch.isfinite(loss):  # seldom: it waits
             at = f"step {step} of {n}, peak learning rate {recipe.lr:.3g}"
             raise FloatingPointError(f"the loss is not finite at {at}: lower the learning rate")
