@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunConfig', 'compare_with_baselines', 'report_html', 'Run', 'run_pretraining']
 
-# %% ../nbs/11b_run.ipynb #de8e7d2f
+# %% ../nbs/11b_run.ipynb #db862139
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .amdim_learner import amdim_encoder, amdim_learner
 from .callback import HistoryCallback
 from .checkpoint import CheckpointCallback
 from .data import SimCLRDataLoaders, clean_loader, simclr_dls
@@ -39,22 +40,26 @@ from .result import Result, environment, speed
 from .show import figure_html, plot_embeddings, plot_spectra, view_pairs
 from fastai.torch_core import set_seed
 
-# %% ../nbs/11b_run.ipynb #1a189e15
+# %% ../nbs/11b_run.ipynb #0bb93c22
+METHODS = dict(simclr="SimCLR", amdim="AMDIM")  # name of a method to its title
+
+# %% ../nbs/11b_run.ipynb #80b1f512
 @dataclass
 class RunConfig:
     "Settings of a pretraining run."
 
     data: str = "digits"  # "digits", "cifar10", or a folder, labelled by sub-folder or not
-    arch: str = "resnet18"  # Encoder: resnet18, 34, 50, 101, 152 or 200
-    width: float = 0.25  # Multiplies the channels of the encoder
-    epochs: int | None = None  # Passes over the training images; 60 for digits, else 12
-    bs: int | None = None  # Images in a batch, of all processes; 256, or half the training images
+    method: str = "simclr"  # simclr, or amdim; values in brackets below are those of amdim
+    arch: str | None = None  # Encoder: resnet18, 34, ... 200 (amdim/NDF-RKHS-DEPTH: 32-256-2)
+    width: float | None = None  # Multiplies the channels of a ResNet; 0.25
+    epochs: int | None = None  # Passes over the training images; digits 60, else 12 (10, else 6)
+    bs: int | None = None  # Images in a batch, of all processes; 256, or half of all (96)
     temperature: float | None = None  # Softmax temperature of the loss; 0.5 for digits, else 0.2
-    lr: float | None = None  # Base learning rate; twice the paper's: sqrt 0.15, linear 0.6
-    zero_init_last: bool = False  # Start residual blocks as the identity, as the official code does
+    lr: float | None = None  # Base learning rate; twice the paper's: sqrt 0.15, linear 0.6 (0.002)
+    zero_init_last: bool = False  # Start residual blocks as the identity (amdim does always)
     scaling: str = "sqrt"  # How the learning rate grows with the batch: sqrt, linear or none
-    size: int | None = None  # Side of the views in pixels; that of small images, 96 for photos
-    policy: str = "auto"  # Augmentation policy: auto, paper, cifar or digits
+    size: int | None = None  # Side of the views in pixels; that of small images, else 96 (32, 64)
+    policy: str = "auto"  # Augmentation policy: auto, paper, cifar, digits or amdim
     strength: float | None = None  # Strength of the colour distortion, 0 to 1.25; the policy's own
     precision: str = "auto"  # auto, bf16, fp16 or fp32
     micro_batch: int | None = None  # Images whose activations are held at a time; all by default
@@ -74,15 +79,42 @@ def _check_empty(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: give another one, or remove it")
 
-# %% ../nbs/11b_run.ipynb #ef86f6d8
-def _check(config: RunConfig) -> None:
-    "Refuse at once, before any image is read, what would fail later."
+# %% ../nbs/11b_run.ipynb #542187fd
+def _complete(config: RunConfig) -> RunConfig:
+    "Configuration with the values that method and data decide; raises `ValueError`."
+    digits = config.data == "digits"
+    if config.method == "simclr":
+        decided = dict(arch="resnet18", width=0.25, epochs=60 if digits else 12,
+                       temperature=0.5 if digits else 0.2)
+        if config.scaling in BASE_LR: decided["lr"] = 2 * BASE_LR[config.scaling]
+    elif config.method == "amdim":
+        decided = dict(arch="amdim/32-256-2", epochs=10 if digits else 6, bs=96, lr=2e-3,
+                       size=32 if config.data in ("digits", "cifar10") else 64)
+        if config.policy == "auto": config = replace(config, policy="digits" if digits else "amdim")
+    else: raise ValueError(f"unknown method {config.method!r}: choose from {', '.join(METHODS)}")
+    return replace(config, **{k: v for k, v in decided.items() if getattr(config, k) is None})
+
+# %% ../nbs/11b_run.ipynb #7499fc78
+def _check_method(config: RunConfig) -> None:
+    "Refuse settings that a method has not, or that are out of range."
+    if config.method == "amdim":
+        for name in ("width", "temperature"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"amdim has no {name}, got {getattr(config, name)}")
+        with torch.device("meta"): amdim_encoder(config.arch, config.size)
+        if config.lr <= 0: raise ValueError(f"lr must be above 0, got {config.lr}")
+        return
     if config.width > 64: raise ValueError(f"width must be at most 64, got {config.width}")
     with torch.device("meta"): create_encoder(config.arch, config.width)
-    NTXent(0.5 if config.temperature is None else config.temperature)
+    NTXent(config.temperature)
     scale_lr(config.lr or 0.0, max(config.bs or 256, 1), config.scaling)
     if config.lr is None and config.scaling == "none":
         raise ValueError("scaling 'none' needs a learning rate: give lr (--lr)")
+
+# %% ../nbs/11b_run.ipynb #1f69034b
+def _check(config: RunConfig) -> None:
+    "Refuse at once, before any image is read, what would fail later."
+    _check_method(config)
     if config.resume and config.out is None: raise ValueError("resume needs a folder: out (--out)")
     begun = config.resume and (Path(config.out) / "config.json").is_file()
     if config.out is not None and not begun: _check_empty(Path(config.out))
@@ -92,15 +124,6 @@ def _check(config: RunConfig) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if config.workers is not None and config.workers < 0:
         raise ValueError(f"workers must be at least 0, got {config.workers}")
-
-# %% ../nbs/11b_run.ipynb #8b6d61c4
-def _complete(config: RunConfig, bs: int) -> RunConfig:
-    "Configuration with the values that the data decided."
-    is_digits = config.data == "digits"
-    decided = dict(epochs=60 if is_digits else 12, temperature=0.5 if is_digits else 0.2)
-    if config.scaling in BASE_LR: decided["lr"] = 2 * BASE_LR[config.scaling]
-    open_fields = {k: v for k, v in decided.items() if getattr(config, k) is None}
-    return replace(config, bs=bs, **open_fields)
 
 # %% ../nbs/11b_run.ipynb #807f0eca
 def _new_folder(config: RunConfig) -> Path:
@@ -223,13 +246,14 @@ def report_html(
         parts += [_lines(f"{name}, {protocol}: {r}", r.card) for name, r in column.items()]
     return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(parts))
 
-# %% ../nbs/11b_run.ipynb #9dcb637b
+# %% ../nbs/11b_run.ipynb #380cd455
 def _pretrain(learn: SimCLRLearner, config: RunConfig, folder: Path) -> dict:
     "Train and save the encoder; what the card says of it."
     start = time.perf_counter()
     saving = CheckpointCallback(folder / "state", config.checkpoint_minutes, resume=config.resume)
     cbs = [HistoryCallback(folder / "history.csv"), saving]
-    learn.pretrain(config.epochs, config.lr, config.scaling, cbs=cbs)
+    scaling = dict(scaling=config.scaling) if config.method == "simclr" else {}
+    learn.pretrain(config.epochs, config.lr, cbs=cbs, **scaling)
     seconds = time.perf_counter() - start
     n_images = config.epochs * len(learn.dls.train) * config.bs
     about = dict(processes=world_size()) | speed(seconds, n_images) | environment()
@@ -256,11 +280,13 @@ def _loaders(config: RunConfig) -> SimCLRDataLoaders:
     kwargs = {name: getattr(config, name) for name in same}
     return simclr_dls(config.data, num_workers=config.workers, **kwargs)
 
-# %% ../nbs/11b_run.ipynb #326c140c
+# %% ../nbs/11b_run.ipynb #f1238bb5
 def _learner(dls: SimCLRDataLoaders, config: RunConfig) -> SimCLRLearner:
     "Learner of a run."
-    passed = ("temperature", "precision", "zero_init_last", "micro_batch", "compiled")
+    passed = ("precision", "micro_batch", "compiled")
     kwargs = {name: getattr(config, name) for name in passed}
+    if config.method == "amdim": return amdim_learner(dls, config.arch, **kwargs)
+    kwargs |= dict(temperature=config.temperature, zero_init_last=config.zero_init_last)
     return simclr_learner(dls, config.arch, config.width, **kwargs)
 
 # %% ../nbs/11b_run.ipynb #b4c2dcaf
@@ -272,12 +298,13 @@ def _evaluate(learn: SimCLRLearner, untrained: torch.nn.Module, settings: dict) 
     encoders = dict(random=untrained, pretrained=learn.model.encoder)
     return compare_with_baselines(encoders, learn.dls, cards=cards)
 
-# %% ../nbs/11b_run.ipynb #ce730a56
+# %% ../nbs/11b_run.ipynb #47236ffc
 def _write_results(folder: Path, data: str, figures: dict, results: dict, settings: dict) -> None:
     "Write `results.json` and the report."
     cards = {p: {n: r.to_dict() for n, r in column.items()} for p, column in results.items()}
     write_atomic(folder / "results.json", json.dumps(cards, indent=2).encode())
-    page = report_html(f"SimCLR on {data}", figures, results, settings)
+    title = f"{METHODS[settings['config']['method']]} on {data}"
+    page = report_html(title, figures, results, settings)
     write_atomic(folder / "report.html", page.encode())
 
 # %% ../nbs/11b_run.ipynb #a4d942ec
@@ -306,26 +333,28 @@ def _finished(folder: Path) -> Run | None:
         for name, result in column.items(): column[name] = Result.from_dict(result)
     return Run(folder, found)
 
-# %% ../nbs/11b_run.ipynb #44005c58
+# %% ../nbs/11b_run.ipynb #57530bfb
 def _announce(config: RunConfig, info: dict, folder: Path) -> None:
     "Say what is about to happen."
     if not is_main(): return
     images = f"{info['n_train']} images of {info['data']}"
     by = f" in {world_size()} processes" if world_size() > 1 else ""
-    print(f"pretraining {config.arch} x {config.width:g} on {images}{by}, writing to {folder}")
+    encoder = config.arch if config.width is None else f"{config.arch} x {config.width:g}"
+    print(f"pretraining {encoder} on {images}{by}, writing to {folder}")
     if info["skipped"]:
         print(f"skipped {len(info['skipped'])} damaged files, listed in {folder / 'config.json'}")
 
-# %% ../nbs/11b_run.ipynb #041651fe
+# %% ../nbs/11b_run.ipynb #1621f25e
 def run_pretraining(
     config: RunConfig,  # Settings
 ) -> Run:
     "Pretrain, evaluate, write a run folder, or go on; raises `ValueError` or `OSError`."
     join_processes()
+    config = _complete(config)
     _check(config)
     set_seed(config.seed)
     dls = _loaders(config)
-    config = _complete(config, dls.train.bs * world_size())
+    config = replace(config, bs=dls.train.bs * world_size())
     learn = _learner(dls, config)
     folder = learn.path = _shared_folder(config)
     about = dict(data=dls.info, policy=repr(dls.policy), version=__version__)
