@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['clipped_cross_entropy', 'AMDIMClassifiers', 'AMDIMRecipe', 'amdim_recipe', 'amdim_evaluation']
 
-# %% ../nbs/14c_amdim_evaluate.ipynb #f1d99960
+# %% ../nbs/14c_amdim_evaluate.ipynb #c91b13b3
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from simclr_nb.classifier import (
 from .data import SimCLRDataLoaders, clean_loader
 from .diagnose import evaluating, represent
 from .evaluate import _feature_batches, encoder_card, score_result
-from .optim import create_optimizer
+from .optim import create_optimizer, warmup_milestones
 from .result import Result, speed
 
 # %% ../nbs/14c_amdim_evaluate.ipynb #b7cf00ff
@@ -82,7 +82,7 @@ class AMDIMClassifiers(nn.Module):
         "Sum of the losses of both."
         return sum(clipped_cross_entropy(each, y, clip, penalty) for each in logits)
 
-# %% ../nbs/14c_amdim_evaluate.ipynb #7550116d
+# %% ../nbs/14c_amdim_evaluate.ipynb #bb38fe7c
 @dataclass(frozen=True)
 class AMDIMRecipe(Recipe):
     "Adam as AMDIM uses it, the learning rate cut to a fifth at milestones; raises `ValueError`."
@@ -108,7 +108,7 @@ class AMDIMRecipe(Recipe):
 
     def lr_at(self, step: int) -> float:
         "Learning rate of a step, counted from 0."
-        return self.lr * 0.2 ** sum(step >= round(m * self.steps) for m in self.milestones)
+        return warmup_milestones(step, self.lr, 0, self.steps, self.milestones)
 
     def __str__(self):
         at = ", ".join(str(round(m * self.steps)) for m in self.milestones) or "none"

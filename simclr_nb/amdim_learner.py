@@ -5,24 +5,25 @@
 # %% auto #0
 __all__ = ['AMDIMLearner', 'amdim_encoder', 'amdim_learner']
 
-# %% ../nbs/14b_amdim_learner.ipynb #044bde20
+# %% ../nbs/14b_amdim_learner.ipynb #458187b2
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from fastai.data.core import DataLoaders
 from torch import nn
 from torch.optim import Adam
 
-from .amdim import AMDIM, TERMS, AMDIMLoss, nce_top1
+from .amdim import AMDIM
 from .augment import Policy, TwoViews
 from .callback import ScheduleCallback
 from .encoder import create_encoder
-from .learner import SimCLRLearner, _policy, contrastive_learner
+from .learner import SimCLRLearner, _fit, _policy, contrastive_learner
+from .nce import TERMS, AMDIMLoss, nce_top1
 from .optim import warmup_milestones
 from .processes import join_processes
+from fastai.data.core import DataLoaders
 
-# %% ../nbs/14b_amdim_learner.ipynb #56250079
+# %% ../nbs/14b_amdim_learner.ipynb #c850b430
 class AMDIMLearner(SimCLRLearner):
     "Learner that pretrains by AMDIM; made by `amdim_learner`."
 
@@ -44,7 +45,7 @@ class AMDIMLearner(SimCLRLearner):
         if lr <= 0: raise ValueError(f"lr must be above 0, got {lr}")
         schedule = partial(warmup_milestones, milestones=tuple(milestones), factor=factor)
         schedule = ScheduleCallback(lr, epochs / 10, warmup_steps, schedule)
-        self.fit_schedule(epochs, schedule, cbs, checkpoints, resume)
+        _fit(self, epochs, schedule, cbs, checkpoints, resume)
 
 # %% ../nbs/14b_amdim_learner.ipynb #ee8d0f59
 def amdim_encoder(

@@ -321,7 +321,7 @@ class SimCLRDataLoaders(DataLoaders):
         kwargs = dict(policy=self.policy, classes=self.classes, info=self.info)
         return type(self)(*loaders, path=self.path, device=self.device, **kwargs)
 
-# %% ../nbs/02_data.ipynb #98906e4e
+# %% ../nbs/02_data.ipynb #c234a479
 def _settings(source: Source, arrays: bool, size: int | None, policy: str | Policy,
               strength: float | None) -> Policy:
     "Policy for the images, with what the caller left open decided."
@@ -333,8 +333,7 @@ def _settings(source: Source, arrays: bool, size: int | None, policy: str | Poli
     if policy == "auto": policy = "cifar" if size <= 64 else "paper"
     if not isinstance(policy, Policy): policy = create_policy(policy, size, strength)
     if arrays or policy.crop: return policy
-    raise ValueError(f"the {policy.name} policy of {policy.size} px has no crop, which images in"
-                     " files need: choose another size, above 32, or policy")
+    raise ValueError(f"the {policy.name} policy has no crop, which files need: size above 32")
 
 # %% ../nbs/02_data.ipynb #d5d8549c
 _CHECK_UP_TO = 200_000  # Files that are decoded once before a run; more are looked at when read

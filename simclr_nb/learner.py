@@ -66,7 +66,18 @@ def contrastive_top1(
     "Share of first views whose own second view is the most similar of all; a column of the table."
     return contrastive_accuracy(gather_views(out.z)[0])
 
-# %% ../nbs/10_learner.ipynb #cf20f77e
+# %% ../nbs/10_learner.ipynb #8eff88b0
+def _fit(learn: ResumableLearner, epochs: int, schedule: ScheduleCallback, cbs: list | None,
+         checkpoints: str | Path | None, resume: bool) -> None:
+    "Fit with a schedule, and with checkpoints in a folder; raises `ValueError`."
+    if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if not 0 <= schedule.warmup_epochs <= epochs:
+        raise ValueError(f"warmup_epochs must be 0 to {epochs}, got {schedule.warmup_epochs}")
+    if resume and checkpoints is None: raise ValueError("resume needs a folder: checkpoints")
+    saving = [] if checkpoints is None else [CheckpointCallback(checkpoints, resume=resume)]
+    learn.fit(epochs, lr=schedule.peak_lr, cbs=L(cbs) + schedule + L(saving))
+
+# %% ../nbs/10_learner.ipynb #40e07d57
 class SimCLRLearner(ResumableLearner):
     "fastai `Learner` that pretrains an encoder by contrasting views; made by `simclr_learner`."
     curves = CURVES
@@ -86,17 +97,7 @@ class SimCLRLearner(ResumableLearner):
         lr = BASE_LR.get(scaling, 0.0) if lr is None else lr
         peak_lr = scale_lr(lr, self.dls.train.bs * world_size(), scaling)
         warmup = min(10, epochs / 10) if warmup_epochs is None else warmup_epochs
-        self.fit_schedule(epochs, ScheduleCallback(peak_lr, warmup), cbs, checkpoints, resume)
-
-    def fit_schedule(self, epochs: int, schedule: ScheduleCallback, cbs: list | None,
-                     checkpoints: str | Path | None, resume: bool) -> None:
-        "Fit with a schedule, and with checkpoints in a folder; raises `ValueError`."
-        if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
-        if not 0 <= schedule.warmup_epochs <= epochs:
-            raise ValueError(f"warmup_epochs must be 0 to {epochs}, got {schedule.warmup_epochs}")
-        if resume and checkpoints is None: raise ValueError("resume needs a folder: checkpoints")
-        saving = [] if checkpoints is None else [CheckpointCallback(checkpoints, resume=resume)]
-        self.fit(epochs, lr=schedule.peak_lr, cbs=L(cbs) + schedule + L(saving))
+        _fit(self, epochs, ScheduleCallback(peak_lr, warmup), cbs, checkpoints, resume)
 
     def one_batch(self, i: int, b: tuple) -> None:
         "As fastai's, and mixed precision ends even if the batch fails."

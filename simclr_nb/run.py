@@ -344,14 +344,13 @@ def _announce(config: RunConfig, info: dict, folder: Path) -> None:
     if info["skipped"]:
         print(f"skipped {len(info['skipped'])} damaged files, listed in {folder / 'config.json'}")
 
-# %% ../nbs/11b_run.ipynb #1621f25e
+# %% ../nbs/11b_run.ipynb #d231fe31
 def run_pretraining(
     config: RunConfig,  # Settings
 ) -> Run:
     "Pretrain, evaluate, write a run folder, or go on; raises `ValueError` or `OSError`."
     join_processes()
-    config = _complete(config)
-    _check(config)
+    _check(config := _complete(config))
     set_seed(config.seed)
     dls = _loaders(config)
     config = replace(config, bs=dls.train.bs * world_size())

@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "simclr_nb"
 MAP = """show processes crop color distort augment listing shards loader data pack labels datasets encoder head
          loss alternatives dist microbatch optim
-         diagnose transformation multiview bounds
-         callback checkpoint parallel learner result significance comparison logistic classifier
-         evaluate amdim_evaluate run search finetune transfer protocols study amdim convert cost plan cli""".split()
+         diagnose transformation multiview bounds amdim nce callback checkpoint parallel learner amdim_learner
+         result significance comparison logistic classifier evaluate amdim_evaluate
+         run search finetune transfer protocols study convert cost plan cli""".split()
 DISTRIBUTION = {"sklearn": "scikit-learn", "PIL": "pillow"}  # where an import has another name
 
 ini = ConfigParser(delimiters=["="])
