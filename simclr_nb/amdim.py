@@ -90,7 +90,7 @@ def _check_sizes(size: int, ndf: int, n_rkhs: int, n_depth: int) -> None:
     least = (4 if size == 32 else 8) * ndf
     if n_rkhs < least: raise ValueError(f"n_rkhs must be at least {least}, got {n_rkhs}")
 
-# %% ../nbs/14_amdim.ipynb #7ce7ff08
+# %% ../nbs/14_amdim.ipynb #3f5cf16f
 class AMDIMEncoder(nn.Module):
     "Encoder with features of one position, of 5 x 5 and of 7 x 7; or `ValueError`."
 
@@ -123,7 +123,7 @@ class AMDIMEncoder(nn.Module):
         self,
         x: Tensor,  # Images, float in [0, 1], `(N, 3, size, size)`
         maps: bool = False,  # All three scales instead of h alone
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # h, `(N, r)`; or f1, f5 and f7, `(N, C, side, side)`
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # h, `(N, r)`; or f1, f5, f7, `(N, C, side, side)`
         "Representations of images; raises `ValueError` for another size of image."
         _check_images(x)
         if x.shape[-2:] != (self.size, self.size):
@@ -161,7 +161,7 @@ def receptive_fields(
         found[side] = seen, step
     return found
 
-# %% ../nbs/14_amdim.ipynb #dd14e394
+# %% ../nbs/14_amdim.ipynb #5d393027
 def seen_pixels(
     encoder: AMDIMEncoder,  # Its weights do not matter
     side: int,  # Of the map: 7, 5 or 1
@@ -170,7 +170,8 @@ def seen_pixels(
 ) -> tuple[int, int, int, int]:  # Top, left, height, width in pixels; may begin in the padding
     "The box that a position sees, by the gradient of the input; raises `ValueError`."
     if side not in (7, 5, 1) or not (0 <= row < side and 0 <= col < side):
-        raise ValueError(f"expected a position in a map of side 7, 5 or 1, got {row, col} of {side}")
+        expected = "expected a position in a map of side 7, 5 or 1"
+        raise ValueError(f"{expected}, got {row, col} of {side}")
     model = deepcopy(encoder).double().eval()
     for p in model.parameters(): nn.init.constant_(p, 1 / p[0].numel())
     layers, pad = list(model.to_7), 0

@@ -47,7 +47,7 @@ class AMDIMLearner(SimCLRLearner):
         schedule = ScheduleCallback(lr, epochs / 10, warmup_steps, schedule)
         _fit(self, epochs, schedule, cbs, checkpoints, resume)
 
-# %% ../nbs/14b_amdim_learner.ipynb #ee8d0f59
+# %% ../nbs/14b_amdim_learner.ipynb #559a04a6
 def amdim_encoder(
     arch: str | nn.Module,  # "amdim/NDF-RKHS-DEPTH", or an encoder as it is
     size: int | None,  # Side of the views, in pixels
@@ -58,7 +58,8 @@ def amdim_encoder(
     if not arch.startswith("amdim/"):
         raise ValueError(f"AMDIM needs an encoder amdim/NDF-RKHS-DEPTH, got {arch!r}")
     if size in (32, 64, 128): return create_encoder(arch, size=size, **options)
-    raise ValueError(f"AMDIM knows views of 32, 64 and 128 px, got {size}: say simclr_dls(size=...)")
+    known = "AMDIM knows views of 32, 64 and 128 px"
+    raise ValueError(f"{known}, got {size}: say simclr_dls(size=...)")
 
 # %% ../nbs/14b_amdim_learner.ipynb #d7a87040
 def amdim_learner(

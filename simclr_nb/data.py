@@ -321,15 +321,14 @@ class SimCLRDataLoaders(DataLoaders):
         kwargs = dict(policy=self.policy, classes=self.classes, info=self.info)
         return type(self)(*loaders, path=self.path, device=self.device, **kwargs)
 
-# %% ../nbs/02_data.ipynb #c234a479
+# %% ../nbs/02_data.ipynb #915a27f9
 def _settings(source: Source, arrays: bool, size: int | None, policy: str | Policy,
               strength: float | None) -> Policy:
     "Policy for the images, with what the caller left open decided."
     if size is not None and not 8 <= size <= 1024:
         raise ValueError(f"size must be 8 to 1024 pixels, got {size}")
     if policy == "auto" and source.name == "digits": policy = "digits"
-    side = source.train.images.shape[3] if arrays else 96
-    size = size or (max(16, side) if arrays else side)
+    size = size or (max(16, source.train.images.shape[3]) if arrays else 96)
     if policy == "auto": policy = "cifar" if size <= 64 else "paper"
     if not isinstance(policy, Policy): policy = create_policy(policy, size, strength)
     if arrays or policy.crop: return policy

@@ -89,11 +89,11 @@ def _check_terms(terms: Sequence[str]) -> None:
     if not terms or set(terms) - set(TERMS):
         raise ValueError(f"terms must be some of {', '.join(TERMS)}, got {terms!r}")
 
-# %% ../nbs/14a_nce.ipynb #e3983d7a
+# %% ../nbs/14a_nce.ipynb #fc659d27
 def amdim_loss(
     a: Scales,  # First views of this process's images, n rows
     b: Scales,  # Second views
-    positions: tuple[Tensor, Tensor] | None = None,  # 5 x 5 positions of each view's sources, `(n,)`
+    positions: tuple[Tensor, Tensor] | None = None,  # Of each view's 5 x 5 sources, `(n,)`
     all_a: Scales | None = None,  # First views of all images, N rows, the targets; `a` by default
     all_b: Scales | None = None,  # Second views of all images
     first: int = 0,  # Row of the first own image among all

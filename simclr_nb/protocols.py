@@ -159,7 +159,7 @@ def _check(config: EvaluationConfig) -> None:
     if config.workers is not None and config.workers < 0:
         raise ValueError(f"workers must be at least 0, got {config.workers}")
 
-# %% ../nbs/12c_protocols.ipynb #687c3678
+# %% ../nbs/12c_protocols.ipynb #fd0f28a3
 _FREE = {"encoder", "protocol", "out", "workers", "root", "transfer", "fractions"}  # may change
 
 
@@ -185,7 +185,8 @@ def _tasks(config: EvaluationConfig, encoder: nn.Module, folder: Path) -> dict[s
     name = Path(config.encoder).name
     @cache
     def dls() -> SimCLRDataLoaders:
-        return simclr_dls(config.data, config.size, config.bs, n_train=config.n_train,
+        size = config.size or getattr(encoder, "size", None)  # AMDIM's knows one only
+        return simclr_dls(config.data, size, config.bs, n_train=config.n_train,
                           n_valid=config.n_valid, seed=config.seed, num_workers=config.workers)
     @cache
     def features(): return encoder_features(encoder, dls(), name, progress=True)
