@@ -130,11 +130,11 @@ def _over_images(a: Result, b: Result, samples: int, generator) -> dict:
     return dict(measure=measure, difference=_weighted(y)(*(d, y)[:1 + per_class]).item(),
                 low=low, high=high, tests=tests)
 
-# %% ../nbs/10e_comparison.ipynb #81a5e975
+# %% ../nbs/10e_comparison.ipynb #440e171e
 def _over_runs(a: Result, b: Result) -> dict:
     "Difference, Student's interval and test over repeated runs; paired if their seeds agree."
     x, y = a.card["values"], b.card["values"]
-    seeds = [next((s for k in ("seeds", "label_seeds") if isinstance(s := r.stated(k), list)
+    seeds = [next((s for k in ("seeds", "label_seeds") if isinstance(s := r.card.get(k), list)
                    and len(s) == len(x)), None) for r in (a, b)]
     paired = len(x) == len(y) and seeds[0] is not None and seeds[0] == seeds[1]
     difference = sum(x) / len(x) - sum(y) / len(y)
