@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AMDIMLearner', 'amdim_encoder', 'amdim_learner']
 
-# %% ../nbs/14b_amdim_learner.ipynb #458187b2
+# %% ../nbs/14b_amdim_learner.ipynb #65b2f06a
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,18 +17,17 @@ from .amdim import AMDIM
 from .augment import Policy, TwoViews
 from .callback import ScheduleCallback
 from .encoder import create_encoder
-from .learner import SimCLRLearner, _fit, _policy, contrastive_learner
+from .learner import CURVES, SimCLRLearner, _fit, _policy, contrastive_learner
 from .nce import TERMS, AMDIMLoss, nce_top1
 from .optim import warmup_milestones
 from .processes import join_processes
 from fastai.data.core import DataLoaders
 
-# %% ../nbs/14b_amdim_learner.ipynb #c850b430
+# %% ../nbs/14b_amdim_learner.ipynb #5a3e8a82
 class AMDIMLearner(SimCLRLearner):
     "Learner that pretrains by AMDIM; made by `amdim_learner`."
 
-    curves = {"loss (nats)": ["train_loss", "valid_loss"], "contrastive top-1": ["nce_top1"],
-              "accuracy": ["probe", "knn"]}
+    curves = CURVES | {"contrastive top-1": ["nce_top1"]}
 
     def pretrain(
         self,

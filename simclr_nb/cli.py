@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['config_parser', 'pretrain', 'evaluate', 'plan']
 
-# %% ../nbs/17_cli.ipynb #552b773f
+# %% ../nbs/17_cli.ipynb #c029857c
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from dataclasses import MISSING, fields
 
 from . import __version__
 from .plan import PlanConfig, run_plan
-from .processes import is_main, leave_processes, rank
+from .processes import is_main, rank
 from .protocols import EvaluationConfig, run_evaluation
 from .run import RunConfig, run_pretraining
 from .show import plain_progress
@@ -49,7 +49,7 @@ def config_parser(
             parser.add_argument(option, type=kind, default=f.default, metavar=name, help=text)
     return parser
 
-# %% ../nbs/17_cli.ipynb #82543f7c
+# %% ../nbs/17_cli.ipynb #fcf07bd8
 def _run(parser: ArgumentParser, config: type, work: Callable, argv: Sequence[str] | None) -> int:
     "Exit code of a command: 0, 2 for unusable input, 130 when interrupted."
     settings = config(**vars(parser.parse_args(argv)))
@@ -65,7 +65,6 @@ def _run(parser: ArgumentParser, config: type, work: Callable, argv: Sequence[st
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    leave_processes()
     return 0
 
 # %% ../nbs/17_cli.ipynb #bf8eb31c

@@ -89,7 +89,7 @@ def _check_terms(terms: Sequence[str]) -> None:
     if not terms or set(terms) - set(TERMS):
         raise ValueError(f"terms must be some of {', '.join(TERMS)}, got {terms!r}")
 
-# %% ../nbs/14a_nce.ipynb #fc659d27
+# %% ../nbs/14a_nce.ipynb #59d23801
 def amdim_loss(
     a: Scales,  # First views of this process's images, n rows
     b: Scales,  # Second views
@@ -107,11 +107,10 @@ def amdim_loss(
     images = torch.arange(first, first + len(a.r1), device=a.r1.device)
     found = {term: [] for term in TERMS}
     for view, target, position in zip((a, b), (all_b, all_a), positions or (None, None)):
-        local = _local_sources(view.r5, images, position)
-        kinds = dict(zip(TERMS, [((view.r1, images), target.r5), ((view.r1, images), target.r7),
-                                 (local, target.r5)]))
         for term in terms:
-            (sources, rows), targets = kinds[term]
+            sources, rows = view.r1, images
+            if term == "5t5": sources, rows = _local_sources(view.r5, images, position)
+            targets = target.r7 if term == "1t7" else target.r5
             found[term].append(nce_term(sources, targets, rows, clip, penalty))
     zero = a.r1.new_zeros((), dtype=torch.promote_types(a.r1.dtype, torch.float32))
     halves = [sum((nce.loss for nce in found[term]), zero) / 2 for term in TERMS]

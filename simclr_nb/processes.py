@@ -6,7 +6,9 @@
 __all__ = ['TIMEOUT', 'world_size', 'rank', 'is_main', 'join_processes', 'leave_processes', 'from_main', 'all_objects',
            'any_rank', 'shard_rows', 'launch']
 
-# %% ../nbs/00e_processes.ipynb #d2ba37c2
+# %% ../nbs/00e_processes.ipynb #0c344e36
+import atexit
+import gc
 import logging
 import os
 import time
@@ -37,18 +39,22 @@ def is_main() -> bool:
 # %% ../nbs/00e_processes.ipynb #b87813f7
 TIMEOUT = float(os.environ.get("SIMCLR_NB_TIMEOUT", 60))  # Seconds that a process waits for others
 
-# %% ../nbs/00e_processes.ipynb #7921b5ac
+# %% ../nbs/00e_processes.ipynb #16443e08
 def join_processes() -> None:
     "Join the processes that a launcher has started beside this one, if there are any."
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1: return
     from accelerate.state import PartialState
 
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=TIMEOUT))
+    atexit.register(leave_processes)
 
-# %% ../nbs/00e_processes.ipynb #5beb4f6b
+# %% ../nbs/00e_processes.ipynb #fac5af46
 def leave_processes() -> None:
-    "End this process's part in the group, if there is one."
-    if dist.is_initialized(): dist.destroy_process_group()
+    "End this process's part in the group and the group's threads, if there is one."
+    if not dist.is_initialized(): return
+    dist.destroy_process_group()
+    _cpu_group.cache_clear()
+    gc.collect()  # a model in parallel holds the group in a cycle
 
 # %% ../nbs/00e_processes.ipynb #b28df9e7
 def from_main(

@@ -1,4 +1,5 @@
 "Micro-batches: gradients on batches that Hypothesis invents, memory, and many processes."
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from processes import run
+from processes import GIVE_BACK, run
 from simclr_nb.dist import GlobalNTXent, sum_over_ranks, to_global_batch_norm
 from simclr_nb.encoder import create_encoder
 from simclr_nb.head import SimCLR, projection_head
@@ -132,7 +133,8 @@ print(held("VmHWM") - before, embeddings)
 def peak(n: int, micro_batch: int) -> list[int]:
     "Most memory of a step in a process of its own, and that of its `h` and `z`, in bytes."
     command = [sys.executable, "-c", PEAK, str(n), str(micro_batch)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    env = os.environ | GIVE_BACK
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
     assert done.returncode == 0, done.stderr
     return [int(v) for v in done.stdout.split()]
 

@@ -129,10 +129,10 @@ LAUNCHERS = dict(torchrun=["torch.distributed.run", "--standalone", "--nproc-per
                              "--main_process_port=0"])
 
 
-def begin(out: Path, launcher: str, *options: str) -> subprocess.Popen:
+def begin(out: Path, launcher: str, *options: str, program: tuple = ("-m", "simclr_nb.cli")):
     "The command in two processes."
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "simclr_nb.cli", *DIGITS]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], *program, *DIGITS]
     return subprocess.Popen([*command, "--out", str(out), *options], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -205,6 +205,26 @@ def test_killed_rank_ends_all_and_the_run_goes_on(whole, tmp_path, who, what):
     told = finish(again)
     assert again.returncode == 0, told
     same_end(whole[0], out)
+
+
+LAST_WORDS = """
+import atexit, sys
+from pathlib import Path
+def say(): print(*["last"] + [p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")])
+atexit.register(say)  # first to be registered, last to be called
+from simclr_nb.cli import pretrain
+sys.exit(pretrain())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds threads in /proc")
+def test_no_thread_of_the_group_outlives_the_work(tmp_path):
+    "One that does can abort the process while the interpreter is taken down."
+    (tmp_path / "last.py").write_text(LAST_WORDS)
+    process = begin(tmp_path / "run", "torchrun", "--epochs", "1", program=(tmp_path / "last.py",))
+    told = finish(process)
+    last = [line for line in told.splitlines() if line.startswith("last ")]
+    assert process.returncode == 0 and len(last) == 2 and "gloo" not in " ".join(last), told
 
 
 def test_bad_input_is_said_once(tmp_path):

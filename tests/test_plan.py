@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from processes import GIVE_BACK
 from simclr_nb.cli import config_parser
 from simclr_nb.cost import LINKS, communication, count_encoder, count_step, memory_parts
 from simclr_nb.encoder import create_encoder, encoder_stem
@@ -21,7 +22,6 @@ from simclr_nb.head import SimCLR, projection_head
 from simclr_nb.plan import DEVICES, PlanConfig, measure_device, op_seconds, run_plan
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 DATA_SHEET = [name for name in DEVICES if "bf16" in DEVICES[name].peak]
 
 
