@@ -184,16 +184,19 @@ def set_learner_state(
     learn.resumed = {name: state[name] for name in ("epoch", "steps", "random", "pct_train")}
     learn.train_iter = state["train_iter"]
 
-# %% ../nbs/09b_checkpoint.ipynb #a3382d5d
+# %% ../nbs/09b_checkpoint.ipynb #fff77fb9
 class ResumableLearner(Learner):
     "fastai `Learner` that can go on where another was stopped."
 
     resumed = None  # What is left to set when a resumed fit begins its first epoch
 
     def _do_fit(self):
-        for epoch in range(self.resumed["epoch"] if self.resumed else 0, self.n_epoch):
-            self.epoch = epoch
-            self._with_events(self._do_epoch, "epoch", CancelEpochException)
+        try:
+            for epoch in range(self.resumed["epoch"] if self.resumed else 0, self.n_epoch):
+                self.epoch = epoch
+                self._with_events(self._do_epoch, "epoch", CancelEpochException)
+        finally:  # fastai calls no callback after an error
+            if hasattr(self, "checkpoint"): self.checkpoint.give_back()
 
     def all_batches(self) -> None:
         "As fastai's, without the steps that a resumed epoch has behind it."
@@ -220,7 +223,7 @@ def _check_same_folder(state: dict | None, folder: Path) -> None:
         raise ValueError(f"{folder}: the ranks see checkpoints of steps {seen}; use a folder that"
                          " all nodes share")
 
-# %% ../nbs/09b_checkpoint.ipynb #f4d09f91
+# %% ../nbs/09b_checkpoint.ipynb #993fb9c9
 class CheckpointCallback(Callback):
     "Save all that a run needs to go on; raises `ValueError` for a folder of another run."
     order = 80  # after history, probe and neighbours
@@ -236,7 +239,7 @@ class CheckpointCallback(Callback):
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"every_steps must be at least 1, got {every_steps}")
         self.folder, self.every_minutes, self.every_steps = Path(folder), every_minutes, every_steps
-        self.resume, self.keep, self.saved = resume, keep, None
+        self.resume, self.keep, self.saved, self.handler = resume, keep, None, None
 
     def before_fit(self):
         self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
@@ -266,13 +269,18 @@ class CheckpointCallback(Callback):
         self._write(self.n_iter)
         if any(any_rank(self.is_stopped)): self._end()
 
-    def after_fit(self):
+    def give_back(self) -> None:
+        "Let SIGTERM do what it did before."
         if self.handler is not None: signal.signal(signal.SIGTERM, self.handler)
+        self.handler = None
+
+    def after_fit(self):
         if any(any_rank(self.is_stopped)): self._end()
 
     def _write(self, steps: int) -> None:
         "Write the state, unless it is spoilt or could not be resumed."
         if steps < self.n_iter and not isinstance(self.dls.train, EpochLoader): return
+        if hasattr(self.learn, "finite_loss"): self.finite_loss.read()  # the history up to here
         if not all(p.isfinite().all() for p in self.model.parameters()): return
         state, error = learner_state(self.learn, steps), None
         if is_main():

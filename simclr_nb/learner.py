@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASE_LR', 'CURVES', 'contrastive_top1', 'SimCLRLearner', 'contrastive_learner', 'simclr_learner']
 
-# %% ../nbs/10_learner.ipynb #e88dcaab
+# %% ../nbs/10_learner.ipynb #ffa43f19
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from simclr_nb.encoder import (
     load_encoder,
     save_encoder,
 )
+from .fused import can_compile, compiled_views
 from .head import Projection, SimCLR, projection_head
 from .loss import NTXent, contrastive_accuracy
 from .optim import OPTIMIZERS, create_optimizer, scale_lr
@@ -193,7 +194,7 @@ def _probes(n_classes: int) -> tuple[list, list]:
     columns = [callback_metric(probe, "probe"), callback_metric(knn, "knn")]
     return [RepresentCallback(), probe, knn], columns
 
-# %% ../nbs/10_learner.ipynb #6cf235fc
+# %% ../nbs/10_learner.ipynb #2e98f234
 def contrastive_learner(
     dls: DataLoaders,  # From `simclr_dls`, or any fastai `DataLoaders` of images in [0, 1]
     model: nn.Module,  # Maps both views to a `Projection`; has an `encoder`
@@ -203,13 +204,15 @@ def contrastive_learner(
     metric: Callable = contrastive_top1,  # First column of the table after the losses
     precision: str = "auto",  # "bf16", "fp16", "fp32", or as suits the device
     micro_batch: int | None = None,  # Images whose activations are held at a time; all by default
-    compiled: bool = False,  # Compile the encoder by `torch.compile`
+    compiled: bool = False,  # Compile encoder and views by `torch.compile`
     kind: type = SimCLRLearner,  # Class of the learner
     **kwargs,  # For fastai's `Learner`: `opt_func`, `cbs`, `path`, ...
 ) -> SimCLRLearner:
     "Learner of any contrastive method: its parts wired together; raises `ValueError`."
     model = model.to(device=dls.device, memory_format=torch.channels_last)
-    if compiled: model.encoder.compile()  # in place: weights keep their names
+    if compiled and can_compile(torch.device(dls.device).type):
+        model.encoder.compile()  # in place: weights keep their names
+        two_views = compiled_views(two_views)
     ours = isinstance(dls, SimCLRDataLoaders)
     cbs, metrics = _probes(len(dls.classes if ours else getattr(dls, "vocab", ())))
     cbs += [ViewsCallback(two_views), FiniteLossCallback()]
@@ -220,7 +223,7 @@ def contrastive_learner(
     learn = kind(dls, model, loss, **kwargs).to_precision(precision)
     return learn.to_distributed() if world_size() > 1 else learn
 
-# %% ../nbs/10_learner.ipynb #e341573d
+# %% ../nbs/10_learner.ipynb #3b4362c2
 def simclr_learner(
     dls: DataLoaders,  # From `simclr_dls`, or any fastai `DataLoaders` of images in [0, 1]
     arch: str | nn.Module = "resnet18",  # Name, "torchvision/...", "timm/...", or a module
@@ -237,7 +240,7 @@ def simclr_learner(
     batch_norm: bool = False,  # BatchNorm in the head, as in the official code
     precision: str = "auto",  # "bf16", "fp16", "fp32", or as suits the device
     micro_batch: int | None = None,  # Images whose activations are held at a time; all by default
-    compiled: bool = False,  # Compile the encoder by `torch.compile`
+    compiled: bool = False,  # Compile encoder and views by `torch.compile`
     **kwargs,  # For fastai's `Learner`: `opt_func`, `cbs`, `path`, ...
 ) -> SimCLRLearner:
     "Learner that pretrains by SimCLR (Algorithm 1); raises `ValueError` for bad names and values."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['epoch_order', 'rank_batches', 'item_seed', 'EpochLoader']
 
-# %% ../nbs/01d_loader.ipynb #ade29bff
+# %% ../nbs/01d_loader.ipynb #426c862b
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +18,7 @@ with warnings.catch_warnings():  # fastai scripts functions at import, which tor
     import fastai.learner
 from .processes import rank, world_size
 from fastai.data.load import DataLoader
+from fastai.torch_core import to_device
 
 # %% ../nbs/01d_loader.ipynb #7addfd34
 def epoch_order(
@@ -68,7 +69,7 @@ def _ranks(loader: "EpochLoader") -> tuple[int, int]:
     if loader.rank is not None: return loader.rank, loader.world_size or 1
     return rank(), world_size()
 
-# %% ../nbs/01d_loader.ipynb #ed03eccf
+# %% ../nbs/01d_loader.ipynb #707fd1b9
 class EpochLoader(DataLoader):
     "Shuffled batches of one rank, a function of seed, epoch and position; resumable."
 
@@ -89,6 +90,8 @@ class EpochLoader(DataLoader):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.window, self.skip_bad, self.skipped = window, skip_bad, []
         self.epoch, self.start, self.position = 0, 0, 0
+        on_gpu = torch.device(kwargs.get("device") or "cpu").type == "cuda"
+        kwargs.setdefault("pin_memory", on_gpu and kwargs.get("num_workers", 0) > 0)
         kwargs |= dict(shuffle=True, drop_last=True, indexed=True)
         super().__init__(dataset, bs, **kwargs)
         self.timeout = timeout
@@ -150,13 +153,22 @@ def _batches(loader: EpochLoader) -> Iterator:
         said = f"a data worker died, killed perhaps for want of memory: {error!r}"
         raise RuntimeError(f"{said}; resume from the last checkpoint") from error
 
-# %% ../nbs/01d_loader.ipynb #a6ef0e46
+# %% ../nbs/01d_loader.ipynb #e602dd37
+def _sent(loader: EpochLoader) -> Iterator:
+    "Batches on the loader's device, perhaps still on their way."
+    if not loader.pin_memory: return (yield from _batches(loader))
+    device, loader.device = loader.device, None
+    try:
+        for batch in _batches(loader): yield to_device(batch, device, non_blocking=True)
+    finally: loader.device = device
+
+# %% ../nbs/01d_loader.ipynb #3e9fea29
 @patch
 def __iter__(self: EpochLoader):
     self.position = self.start
     self.fake_l.timeout = self.timeout if self.fake_l.num_workers else 0
     self.fake_l.generator = _Generator().manual_seed(self.seed)  # not torch's global one
-    for batch in _batches(self):
+    for batch in _sent(self):
         if self.skip_bad:
             *batch, bad = batch
             self.skipped += sorted(set(bad) - set(self.skipped))

@@ -6,11 +6,13 @@
 __all__ = ['TIMEOUT', 'world_size', 'rank', 'is_main', 'join_processes', 'leave_processes', 'from_main', 'all_objects',
            'any_rank', 'shard_rows', 'launch']
 
-# %% ../nbs/00e_processes.ipynb #0c344e36
+# %% ../nbs/00e_processes.ipynb #83645826
 import atexit
 import gc
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -118,7 +120,16 @@ def _as_process(function: Callable, processes: int, args: tuple, errors: SimpleQ
     leave_processes()
     return result
 
-# %% ../nbs/00e_processes.ipynb #000fde29
+# %% ../nbs/00e_processes.ipynb #3ccc792d
+_TAKEN = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT  # by torch's launcher
+
+def _give_back(handlers: dict) -> None:
+    "Set handlers of signals, which only the main thread may."
+    if threading.current_thread() is not threading.main_thread(): return
+    for number, handler in handlers.items():
+        if handler is not None: signal.signal(number, handler)
+
+# %% ../nbs/00e_processes.ipynb #51d948c7
 def launch(
     function: Callable,  # To call in each process
     *args,  # Its arguments
@@ -134,10 +145,12 @@ def launch(
     for name in ("distributed.elastic.multiprocessing.api", "multiprocessing.spawn"):
         logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)  # the error below says it
     errors = get_context("fork").SimpleQueue()
+    handlers = {s: signal.getsignal(s) for s in _TAKEN}
     try: results = elastic_launch(config, _as_process)(function, processes, args, errors)
     except ChildFailedError as error:
         told = []
         while not errors.empty(): told.append(errors.get())
         reason = min(told)[1] if told else error.get_first_failure()[1].message  # by a signal
         raise RuntimeError(f"one of {processes} processes failed: {reason}") from None
+    finally: _give_back(handlers)
     return [results[r] for r in range(processes)]

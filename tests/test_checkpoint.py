@@ -17,8 +17,9 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
+from simclr_nb.arrays import ArrayEpochLoader
 from simclr_nb.checkpoint import CheckpointCallback
-from simclr_nb.data import ArrayEpochLoader, SimCLRDataLoaders, simclr_dls
+from simclr_nb.data import SimCLRDataLoaders, simclr_dls
 from simclr_nb.learner import simclr_learner
 from simclr_nb.processes import rank, world_size
 
@@ -260,4 +261,7 @@ def test_handler_is_given_back(signal_number):
     import tempfile
     with learn.no_bar(), learn.no_logging(), tempfile.TemporaryDirectory() as folder:
         learn.pretrain(1, checkpoints=folder)
+        assert signal.getsignal(signal_number) is before
+        learn.remove_cbs(learn.cbs.filter(lambda cb: cb.name == "views"))  # an error in each step
+        with pytest.raises(Exception): learn.pretrain(1, checkpoints=Path(folder) / "other")
     assert signal.getsignal(signal_number) is before
