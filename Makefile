@@ -3,7 +3,8 @@ SHELL := bash
 export MPLBACKEND := agg
 # two notebooks at a time, one core each: more threads than cores are slower than one
 RUN := OMP_NUM_THREADS=1 nbdev-test --n-workers 2
-.PHONY: test slow docs check
+BENCH := augment decode photos loss step end_to_end scaling knn evaluation plan footprint logistic
+.PHONY: test slow docs check bench
 
 test:  # every notebook, then every test that takes less than a minute
 	$(RUN)
@@ -22,3 +23,10 @@ docs:  # modules, outputs, docs/ and README.md from the notebooks
 check:  # what `make docs` writes is in step with the notebooks
 	python tools/check_step.py
 	python tools/build_docs.py --check
+
+bench:  # every benchmark without a GPU; leave the machine alone meanwhile
+	@echo "About two hours on two cores. Each waits until nothing else runs, and writes its table"
+	@echo "into benchmarks/RESULTS.md."
+	@set -e; for name in $(BENCH); do \
+	  echo; echo "$$name"; python benchmarks/common.py; time python benchmarks/$$name.py; \
+	done

@@ -1,31 +1,31 @@
-"""Images per second that get two augmented views: ours beside lightly's SimCLR transform.
+"""Images per second that get two augmented views at 32 px: ours beside what others offer.
 
-Both make the views of the CIFAR-10 policy from the same images, in turns, in one run.
+All make the views of the CIFAR-10 policy from the same images, in turns, in one run.
 """
 import argparse
 import time
-from datetime import datetime, timezone
-from pathlib import Path
-from statistics import mean
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import to_pil_image
+from torch.utils.data import DataLoader
 
-from common import machine, rate, spread, steady, versions, write
+from common import bounds, closing, finish, header, machine, parser_of, rate, rounds, write
+from peers import Transformed, kornia_views, lightly_views, solo_views, torchvision_views
+from simclr_nb.arrays import ImageArrays
 from simclr_nb.augment import TwoViews
-from simclr_nb.data import ImageArrays, SimCLRDataLoaders, Source, simclr_dls
+from simclr_nb.data import SimCLRDataLoaders, Source, simclr_dls
+from simclr_nb.fused import compiled_views
 
 SIZE = 32
-LIGHTLY = dict(  # as simclr_nb.augment.cifar_policy
-    input_size=SIZE, cj_prob=0.8, cj_strength=0.5, cj_bright=0.8, cj_contrast=0.8, cj_sat=0.8,
-    cj_hue=0.2, min_scale=0.08, random_gray_scale=0.2, hf_prob=0.5, gaussian_blur=0.0,
-    normalize=None)
+WAYS = dict(ours="ours, compiled", eager="ours, operators", kornia="kornia, batched",
+            lightly="lightly", solo="solo-learn's recipe", torchvision="torchvision v2")
 DIFFERENCES = (
     "Alike: boxes, flips, probabilities, ranges, random order of the colour operators, no blur, no "
-    "normalisation. Unlike: lightly works on PIL images one by one and rounds to 8 bits after each "
-    "operator, ours works on batches of float images.")
+    "normalisation. Unlike: lightly and solo-learn work on Pillow images one by one and round to 8 "
+    "bits after each operator, torchvision on 8-bit tensors; ours and kornia on batches of floats. "
+    "solo-learn resizes by a cubic; kornia has one order of the colour operators for a batch.")
 
 
 def load(data: str, n: int, batch: int, device: str) -> SimCLRDataLoaders:
@@ -38,32 +38,32 @@ def load(data: str, n: int, batch: int, device: str) -> SimCLRDataLoaders:
         data, SIZE, batch, "cifar", n_train=n, n_valid=2, seed=0, device=device, progress=False)
 
 
-class LightlyViews(Dataset):
-    "lightly's transform where it is fastest: on PIL images, already decoded, in memory."
-
-    def __init__(self, images: Tensor):
-        try: from lightly.transforms import SimCLRTransform
-        except ImportError:
-            raise SystemExit("no lightly: pip install -r benchmarks/requirements.txt") from None
-        self.images, self.transform = list(map(to_pil_image, images)), SimCLRTransform(**LIGHTLY)
-
-    def __len__(self): return len(self.images)
-    def __getitem__(self, i): return self.transform(self.images[i])
+def one_by_one(transform: Callable, images: list, args: argparse.Namespace) -> Iterable:
+    "Batches of views that workers make from images already decoded, in memory."
+    return DataLoader(
+        Transformed(images, transform), args.batch, shuffle=True, drop_last=True,
+        num_workers=args.workers, persistent_workers=args.workers > 0)
 
 
-def epoch(batches, n: int, device: str) -> dict:
-    "Images per second of one pass over n images; mean and spread of the pixels of the last views."
+def passes(args: argparse.Namespace, dls: SimCLRDataLoaders) -> dict[str, Callable[[], Iterable]]:
+    "For each way, what goes over all images once and yields lists of views."
+    images, plain = list(dls.train.dataset.images), TwoViews(dls.policy)
+    fast, kornia = compiled_views(plain), kornia_views(SIZE)
+    batched = dict(ours=lambda x: [fast(x)], eager=lambda x: [plain(x)], kornia=kornia)
+    alone = dict(lightly=lightly_views(SIZE), solo=solo_views(SIZE), torchvision=torchvision_views(SIZE))
+    loaders = {name: one_by_one(transform, images, args) for name, transform in alone.items()}
+    ways = {name: partial(map, lambda b, f=f: f(b[0]), dls.train) for name, f in batched.items()}
+    return {name: ways.get(name) or partial(iter, loaders[name]) for name in WAYS}
+
+
+def one_pass(name: str, batches: Callable, n: int, pixels: dict) -> float:
+    "Images per second; keeps mean and spread of the last views, which agree for the same work."
     start = time.perf_counter()
-    for views in batches: views = [view.to(device, non_blocking=True) for view in views]
-    if device.startswith("cuda"): torch.cuda.synchronize()
-    speed, pixels = n / (time.perf_counter() - start), torch.cat(views)
-    return dict(speed=round(speed, 1), mean=pixels.mean().item(), std=pixels.std().item())
-
-
-def summary(runs: list[dict]) -> dict:
-    "Speeds, with median and range; statistics of the pixels, which agree if the work is the same."
-    pixels = {k: round(mean(run[k] for run in runs), 3) for k in ("mean", "std")}
-    return dict(**spread([run["speed"] for run in runs]), pixels=pixels)
+    for views in batches(): pass
+    speed = round(n / (time.perf_counter() - start), 1)
+    views = torch.cat(list(views))
+    pixels[name] = dict(mean=round(views.mean().item(), 2), std=round(views.std().item(), 2))
+    return speed
 
 
 def limit() -> dict:
@@ -81,82 +81,50 @@ def limit() -> dict:
                 images_per_s=round(min(copy / n_bytes, product / n_flop)))
 
 
-def time_both(args: argparse.Namespace) -> dict:
-    "Speeds of both, a pass of one after a pass of the other, after a pass of each to warm up."
-    dls = load(args.data, args.images, args.batch, args.device)
-    policy, n = TwoViews(dls.policy), len(dls.train) * args.batch
-    loader = DataLoader(
-        LightlyViews(dls.train.dataset.images), args.batch, shuffle=True, drop_last=True,
-        num_workers=args.workers, persistent_workers=args.workers > 0,
-        pin_memory=args.device.startswith("cuda"))
-    passes = dict(ours=lambda: ([policy(x)] for x, _ in dls.train), lightly=lambda: loader)
-    runs = dict(ours=[], lightly=[])
-    for _ in range(1 + args.repeats):
-        for name, batches in passes.items(): runs[name].append(epoch(batches(), n, args.device))
-    speeds = {name: summary(kept[1:]) for name, kept in runs.items()}
-    return dict(images_timed=n, policy=repr(policy), **speeds)
-
-
 def measure(args: argparse.Namespace) -> dict:
     "The result card: what was measured, and all that is needed to judge and repeat it."
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    hardware, start = machine(), time.perf_counter()
-    card = time_both(args)
-    ours, theirs, roof = card["ours"], card["lightly"], limit()
-    share = round(ours["median"] / roof["images_per_s"], 4) if args.device == "cpu" else None
-    return dict(
-        benchmark="two augmented views of an image at 32 px, images/s",
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        versions=versions("torch", "torchvision", "lightly", "pillow"),
-        hardware=hardware, settings=dict(vars(args), seed=0), lightly_settings=LIGHTLY,
-        differences=DIFFERENCES, **card, ratio=round(ours["median"] / theirs["median"], 2),
-        ratio_worst=round(ours["min"] / theirs["max"], 2), limit=roof, share_of_limit=share,
-        steady=steady(ours, theirs), seconds=round(time.perf_counter() - start))
+    card = header("two augmented views of an image at 32 px, images/s", args,
+                  "torchvision", "lightly", "kornia", "pillow")
+    dls, pixels = load(args.data, args.images, args.batch, "cpu"), {}
+    n = len(dls.train) * args.batch
+    works = {name: partial(one_pass, name, batches, n, pixels)
+             for name, batches in passes(args, dls).items()}
+    speeds = rounds(works, args.repeats)
+    theirs, roof = speeds["lightly"]["median"], limit()
+    return finish(dict(
+        card, images_timed=n, policy=repr(TwoViews(dls.policy)), differences=DIFFERENCES,
+        speeds=speeds, pixels=pixels, limit=roof,
+        ratios={name: round(s["median"] / theirs, 2) for name, s in speeds.items()},
+        share_of_limit=round(speeds["ours"]["median"] / roof["images_per_s"], 4)), *speeds.values())
 
 
 def table(card: dict) -> str:
     "Markdown for people, from a card."
-    s, h, v, roof = (card[k] for k in ("settings", "hardware", "versions", "limit"))
-    names = dict(ours=f"ours, {s['device']}, threads: {s['threads']}",
-                 lightly=f"lightly {v['lightly']}, workers: {s['workers']}")
-    lines = ["| images/s, two views of each | median | lowest | highest |", "|---|---:|---:|---:|"]
-    for k, name in names.items():
-        speeds = (f"{card[k][q]:,.0f}" for q in ("median", "min", "max"))
-        lines.append(f"| {name} | {' | '.join(speeds)} |")
-    lines += [
-        "", f"Ratio of the medians: **{card['ratio']}**. "
-        f"Our slowest pass to lightly's fastest: {card['ratio_worst']}.",
-        f"{s['data']}, {card['images_timed']:,} images a pass, {s['repeats']} passes, "
-        f"batches of {s['batch']}. {h['cpu']}, cores: {h['cores']}, load before the run: "
-        f"{h['load_before']}, GPU: {h['gpu'] or 'none'}.",
-        f"torch {v['torch']}, torchvision {v['torchvision']}, {card['date'][:10]}."]
-    if not card["steady"]: lines.append("**Disturbed: passes differ too much. Repeat it.**")
-    if card["share_of_limit"]:
-        lines.append(f"Roof: {roof['images_per_s']:,} images/s (copy {roof['copy_gb_per_s']} GB/s, "
-                     f"products {roof['product_gflop_per_s']} GFLOP/s); ours reach "
-                     f"{card['share_of_limit']:.1%} of it.")
-    return "\n".join(lines) + "\n"
+    s, ratios, roof = card["settings"], card["ratios"], card["limit"]
+    lines = ["| images/s, two views of each | median | lowest | highest | to lightly |",
+             "|---|---:|---:|---:|---:|"]
+    lines += [f"| {WAYS[name]} | {bounds(speed, ',.0f')} | {ratios[name]} |"
+              for name, speed in card["speeds"].items()]
+    what = (f"{s['data']}, {card['images_timed']:,} images a pass, {s['repeats']} passes, batches of "
+            f"{s['batch']}. Batched: threads: {s['threads']}; others: workers: {s['workers']}.")
+    return "\n".join([*lines, "", *closing(card, what),
+        f"Roof: {roof['images_per_s']:,} images/s (copy {roof['copy_gb_per_s']} GB/s, products "
+        f"{roof['product_gflop_per_s']} GFLOP/s); ours reach {card['share_of_limit']:.1%} of it."]) + "\n"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(
+        __doc__, images=(10_000, "how many of them"), repeats=(7, "timed passes of each"),
+        batch=(512, "images in a batch"), workers=(2, "processes, for those that use them"),
+        threads=(machine()["cores"], "threads of torch, for the others"))
     parser.add_argument("--data", choices=["cifar10", "random"], default="cifar10", help="images")
-    counts = dict(images=(10_000, "how many of them"), repeats=(7, "timed passes of each"),
-                  batch=(512, "images in a batch"), workers=(2, "processes, for lightly"),
-                  threads=(machine()["cores"], "threads of torch, for ours"))
-    for name, (default, text) in counts.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="where the views must be; a GPU if there is one")
-    parser.add_argument("--output", type=Path,
-                        help="write the card here, and leave results/ and README.md alone")
     args = parser.parse_args()
     if min(args.images, args.repeats, args.batch, args.threads) < 1:
         parser.error("counts start at 1")
-    output = vars(args).pop("output")
     card = measure(args)
-    write("augment", card, table(card), output)
+    write("augment", card, table(card), args.output)
     print(table(card))
 
 

@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -19,6 +21,9 @@ import simclr_nb
 HERE = Path(__file__).resolve().parent
 MIB = 2**20
 STEADY = 1.5  # slowest over fastest run; beyond it something else was running
+IDLE = 0.5  # load for each core below which nothing else runs
+# for a process whose memory is measured: glibc gives back at once what is freed
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def rate(work, amount: int, repeats: int = 10) -> float:
@@ -31,10 +36,25 @@ def rate(work, amount: int, repeats: int = 10) -> float:
     return amount / min(times)
 
 
-def product_rate(device: str = "cpu") -> float:
+def timed(work: Callable) -> float:
+    "Seconds of some work."
+    start = time.perf_counter()
+    work()
+    return round(time.perf_counter() - start, 5)
+
+
+def rounds(works: dict[str, Callable[[], float]], repeats: int) -> dict[str, dict]:
+    "Spread of what each work returns: one after another, in turns, after a round to warm up."
+    runs = {name: [] for name in works}
+    for _ in range(1 + repeats):
+        for name, work in works.items(): runs[name].append(work())
+    return {name: spread(kept[1:]) for name, kept in runs.items()}
+
+
+def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     "Operations per second of a large product of matrices: the roof of what consists of products."
     side = 1024 if device == "cpu" else 8192
-    a = torch.ones(side, side, device=device)
+    a = torch.ones(side, side, device=device, dtype=dtype)
     wait = torch.cuda.synchronize if a.is_cuda else lambda: None
     return rate(lambda: (a @ a, wait()), 2 * side**3)
 
@@ -60,10 +80,11 @@ def peak(work, cuda: bool = False) -> dict:
     return dict(seconds=round(seconds, 3), peak_mib=round((most - before) / MIB, 1))
 
 
-def own_process(script: str, **options) -> dict:
+def own_process(script: str, env: dict | None = None, **options) -> dict:
     "What a script prints last, as JSON, called with these options in a process of its own."
     command = [sys.executable, script, *(f"--{k}={v}" for k, v in options.items())]
-    done = subprocess.run(command, capture_output=True, text=True)
+    kept = {k: v for k, v in os.environ.items() if k not in GIVE_BACK}
+    done = subprocess.run(command, capture_output=True, text=True, env=kept | (env or {}))
     if done.returncode: raise SystemExit(f"{options}: {done.stderr.strip()[-300:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -74,7 +95,7 @@ def parser_of(description: str, **counts: tuple) -> ArgumentParser:
     for name, (default, text) in counts.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
     parser.add_argument("--output", type=Path,
-                        help="write the card here, and leave results/ and README.md alone")
+                        help="write the card here, and leave results/ and RESULTS.md alone")
     return parser
 
 
@@ -105,13 +126,55 @@ def versions(*packages: str) -> dict:
     return dict(simclr_nb=simclr_nb.__version__, **found, python=platform.python_version())
 
 
+def header(benchmark: str, args: Namespace, *packages: str) -> dict:
+    "Beginning of a card: what, when, with which versions and settings, where; before any work."
+    settings = {k: v for k, v in vars(args).items() if k not in ("output", "part")}
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return dict(benchmark=benchmark, date=now, versions=versions("torch", *packages),
+                hardware=machine(), settings=dict(settings, seed=0))
+
+
+def finish(card: dict, *spreads: dict) -> dict:
+    "A card with its end: whether the runs are those of an idle machine, and seconds of all."
+    start = datetime.fromisoformat(card["date"]).timestamp()
+    return dict(card, steady=steady(*spreads), seconds=round(time.time() - start))
+
+
+def closing(card: dict, what: str) -> list[str]:
+    "Last lines of a table: what ran, where and when; and whether something disturbed it."
+    h, v = card["hardware"], card["versions"]
+    listed = ", ".join(f"{k} {v[k]}" for k in v if k not in ("simclr_nb", "python"))
+    where = f"{h['cpu']}, cores: {h['cores']}, load before the run: {h['load_before']}"
+    lines = [f"{what} {where}. {listed}, {card['date'][:10]}."]
+    if not card["steady"]: lines.append("**Disturbed: runs differ too much. Repeat it.**")
+    return lines
+
+
+def bounds(s: dict, form: str = ",.1f") -> str:
+    "Median, lowest and highest of a spread as cells of a table."
+    return " | ".join(format(s[k], form) for k in ("median", "min", "max"))
+
+
 def write(name: str, card: dict, table: str, output: Path | None) -> None:
-    "The card as JSON; without a path of its own, in the table of README.md too."
+    "The card as JSON; without a path of its own, in the table of RESULTS.md too."
     path = output or HERE / f"results/{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     if output: return
-    readme, first, last = HERE / "README.md", f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    before, after = readme.read_text(encoding="utf-8").split(first)
+    results, first, last = HERE / "RESULTS.md", f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, after = results.read_text(encoding="utf-8").split(first)
     text = before + first + table + last + after.split(last)[1]
-    readme.write_text(text, encoding="utf-8")
+    results.write_text(text, encoding="utf-8")
+
+
+def settle(seconds: int = 300) -> None:
+    "Wait until nothing else runs; after that many seconds say so and go on."
+    for waited in range(0, seconds + 1, 5):
+        load, cores = os.getloadavg()[0], machine()["cores"]
+        if load < IDLE * cores: return print(f"load {load:.2f} on {cores} cores: idle")
+        if not waited: print(f"load {load:.2f} on {cores} cores: waiting for less", flush=True)
+        time.sleep(5)
+    print(f"WARNING: load {load:.2f} on {cores} cores: something else runs, numbers say little")
+
+
+if __name__ == "__main__": settle()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (machine, own_process, parser_of, peak, product_rate, spread, steady, versions,
+from common import (machine, own_process, parser_of, peak, product_rate, rounds, steady, versions,
                     write)
 from simclr_nb.loss import nt_xent, tiled_nt_xent
 
@@ -105,14 +105,11 @@ def peak_of_process(name: str, n: int, args: argparse.Namespace) -> dict:
 
 
 def times(names: list[str], n: int, args: argparse.Namespace) -> dict:
-    "Seconds of each loss, a step of one after a step of the others, after a round to warm up."
-    fault = compare(names, n, args.temperature, args, torch.float32)
-    if fault: raise SystemExit(fault)
-    z, runs = projections(n, args), {name: [] for name in names}
+    "Seconds of each loss, a step of one after a step of the others."
+    z = projections(n, args)
     losses = {name: create(name, args.temperature) for name in names}
-    for _ in range(1 + args.repeats):
-        for name, loss in losses.items(): runs[name].append(round(step(loss, z)[0], 5))
-    return {name: spread(kept[1:]) for name, kept in runs.items()}
+    return rounds({name: lambda loss=loss: round(step(loss, z)[0], 5)
+                   for name, loss in losses.items()}, args.repeats)
 
 
 def limit(n: int, args: argparse.Namespace) -> dict:
@@ -129,6 +126,8 @@ def limit(n: int, args: argparse.Namespace) -> dict:
 
 def losses_at(n: int, names: list[str], args: argparse.Namespace) -> dict:
     "Times and peaks of each."
+    fault = compare(names, n, args.temperature, args, torch.float32)
+    if fault: raise SystemExit(fault)
     peaks = {name: peak_of_process(name, n, args)["peak_mib"] for name in names}
     spreads = times(names, n, args)
     return {name: dict(spreads[name], peak_mib=peaks[name]) for name in names}

@@ -8,7 +8,6 @@ counts what is held; what the library keeps by default is noted beside.
 import argparse
 import gc
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +17,8 @@ from statistics import fmean
 
 import torch
 
-from common import machine, own_process, parser_of, peak, spread, steady, versions, write
+from common import (GIVE_BACK, machine, own_process, parser_of, peak, spread, steady, versions,
+                    write)
 from simclr_nb.augment import TwoViews, create_policy
 from simclr_nb.cost import PRECISIONS
 from simclr_nb.encoder import create_encoder, encoder_stem
@@ -35,7 +35,6 @@ STEPS = dict(
     photos=PlanConfig("50000x96", "resnet18", 0.5, batch=256, micro_batch=64, precision="bf16",
                       **SAME),
 )
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def create_step(config: PlanConfig, batch: int) -> Callable[[], None]:
@@ -72,11 +71,8 @@ def measure_peak(name: str) -> dict:
 
 def peaks(name: str, args: argparse.Namespace) -> dict:
     "MiB that steps hold, and what the C library makes of that by default."
-    own = {k: os.environ.pop(k, None) for k in GIVE_BACK}
-    kept = own_process(__file__, peak=name, threads=args.threads)["peak_mib"]
-    os.environ.update(GIVE_BACK)
-    held = own_process(__file__, peak=name, threads=args.threads)["peak_mib"]
-    for k, v in own.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+    held, kept = (own_process(__file__, env, peak=name, threads=args.threads)["peak_mib"]
+                  for env in (GIVE_BACK, {}))
     return dict(held_mib=held, by_default_mib=kept)
 
 

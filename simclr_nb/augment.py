@@ -22,7 +22,7 @@ from .distort import (Cutout, GaussianBlur, GaussianNoise, MotionBlur, RandomRot
                                Sobel)
 from .show import image_grid
 
-# %% ../nbs/01_augment.ipynb #699a1af7
+# %% ../nbs/01_augment.ipynb #8edc84e2
 class Policy:
     "A named sequence of operators: stored images in, float views in [0, 1] out."
 
@@ -43,14 +43,18 @@ class Policy:
 
     def __call__(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         "Images `(N, C, H, W)`, uint8 or float in [0, 1], to one view each."
-        if self._size and x.shape[2:] != (self._size,) * 2:
-            raise ValueError(f"the {self.name} policy does not crop: it expects images of "
-                             f"{self._size} x {self._size} pixels, got {x.shape[2]} x {x.shape[3]}")
-        if self.shared: x = self.shared(x, generator)
+        x = self._begin(x, generator)
         x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
         with torch.autocast(x.device.type, enabled=False):
             for operator in self.operators: x = operator(x, generator)
         return x.clamp(0, 1)
+
+    def _begin(self, x: Tensor, generator: Generator | None) -> Tensor:
+        "What comes before the operators."
+        if self._size and x.shape[2:] != (self._size,) * 2:
+            raise ValueError(f"the {self.name} policy does not crop: it expects images of "
+                             f"{self._size} x {self._size} pixels, got {x.shape[2]} x {x.shape[3]}")
+        return self.shared(x, generator) if self.shared else x
 
     @property
     def crop(self) -> RandomResizedCrop | None:
@@ -65,7 +69,7 @@ class Policy:
     def after_crop(self) -> "Policy":
         "The same policy for images that were cropped before, while they were loaded."
         kept = [o for o in self.operators if not isinstance(o, RandomResizedCrop)]
-        return Policy(self.name, kept, self.shared, self._size)
+        return type(self)(self.name, kept, self.shared, self._size)
 
     def geometry(self) -> "Policy":
         "Its crop or shift, and flip, without colours: for linear evaluation and fine-tuning."
@@ -74,7 +78,7 @@ class Policy:
 
     def separate(self) -> "Policy":
         "The same policy without what both views share."
-        return Policy(self.name, self.operators, size=self._size)
+        return type(self)(self.name, self.operators, size=self._size)
 
     def show(self, image: Tensor, n: int = 7, generator: Generator | None = None) -> Figure:
         "An image `(3, H, W)`, uint8 or float in [0, 1], and `n` random views of it."

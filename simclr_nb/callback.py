@@ -142,7 +142,7 @@ class SmoothLoss(AvgSmoothLoss):
     @property
     def value(self): return super().value if self.count else torch.tensor(torch.nan)
 
-# %% ../nbs/09_callback.ipynb #993fa426
+# %% ../nbs/09_callback.ipynb #b283a120
 class FiniteLossCallback(Callback):
     "Read the losses; stop a diverged run with an error that says what to try."
 
@@ -158,7 +158,8 @@ class FiniteLossCallback(Callback):
         self.is_search = hasattr(self.learn, "lr_finder")
         at_once = self.is_search or next(self.model.parameters()).device.type == "cpu"
         self.steps, self.pending = 1 if at_once else self.every, []
-        self.recorder.smooth_loss = SmoothLoss(self.recorder.smooth_loss.beta)
+        smooth = self.recorder.smooth_loss
+        if type(smooth) is not SmoothLoss: self.recorder.smooth_loss = SmoothLoss(smooth.beta)
 
     def before_train(self): self.data_epoch = getattr(self.dl, "epoch", None)
 

@@ -19,8 +19,9 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from .arrays import ImageArrays
 from .augment import Policy
-from .data import ImageArrays, ImageFiles
+from .files import ImageFiles
 from .labels import label_fraction
 from .optim import create_optimizer, scale_lr, warmup_cosine
 

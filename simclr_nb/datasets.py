@@ -23,7 +23,8 @@ from scipy.io import loadmat
 from torch import Tensor
 from torchvision import datasets as tv
 
-from .data import find_images, read_image
+from .arrays import read_image
+from .data import find_images
 from .labels import label_fraction
 
 # %% ../nbs/12_datasets.ipynb #f4d42a63

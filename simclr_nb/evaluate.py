@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from .arrays import ImageArrays
 from .augment import Policy
 from simclr_nb.classifier import (
     Recipe,
@@ -29,9 +30,10 @@ from simclr_nb.classifier import (
     select_images,
     train_steps,
 )
-from .data import ImageArrays, ImageFiles, SimCLRDataLoaders, clean_loader
+from .data import SimCLRDataLoaders, clean_loader
 from .diagnose import evaluating, knn_predict, represent
 from .encoder import create_encoder
+from .files import ImageFiles
 from .logistic import L2_STRENGTHS, fit_logistic
 from .result import Result, accuracy_result, environment, mean_result, speed
 from .significance import top_k_accuracy, top_k_correct

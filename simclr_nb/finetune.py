@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .arrays import ImageArrays
 from .augment import Policy
 from .callback import auto_precision
 from simclr_nb.classifier import (
@@ -26,9 +27,10 @@ from simclr_nb.classifier import (
     select_images,
     train_steps,
 )
-from .data import ImageArrays, ImageFiles, SimCLRDataLoaders
+from .data import SimCLRDataLoaders
 from .diagnose import represent
 from .evaluate import encoder_card, random_encoder, score_result
+from .files import ImageFiles
 from .result import Result, speed
 from .search import bn_momentum
 

@@ -112,19 +112,20 @@ def _compiled(function: Callable) -> Callable:
     "The compiled function, made once."
     return torch.compile(function)
 
-# %% ../nbs/01e_fused.ipynb #ba03dce5
+# %% ../nbs/01e_fused.ipynb #8d7321eb
 class _Crop(RandomResizedCrop):
     "`RandomResizedCrop`, compiled."
 
     def __init__(self, crop: RandomResizedCrop): self.__dict__.update(crop.__dict__)
 
-    def __call__(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        if not can_compile(x.device.type): return super().__call__(x, generator)
-        boxes, flip = self.draw(len(x), *x.shape[2:], generator)
+    def drawn(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, ...]:
+        return self.draw(len(x), *x.shape[2:], generator)
+
+    def change(self, x: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
         how = self.size, flip, self.antialias, self.interpolation
         return _compiled(crop_resize)(x, boxes, *how)
 
-# %% ../nbs/01e_fused.ipynb #6661b04d
+# %% ../nbs/01e_fused.ipynb #91af4380
 class _Colors:
     "Colour jitter and, if it follows, colour drop, compiled."
 
@@ -132,28 +133,34 @@ class _Colors:
         self.jitter, self.drop = jitter, drop
 
     def __call__(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        if not can_compile(x.device.type):
-            x = self.jitter(x, generator)
-            return self.drop(x, generator) if self.drop else x
+        x = self.jitter(x, generator)
+        return self.drop(x, generator) if self.drop else x
+
+    def drawn(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, ...]:
         steps = color_steps(*self.jitter.draw(len(x), generator))
         gray = torch.zeros(len(x), dtype=torch.bool)
         if self.drop: gray, = self.drop.draw(len(x), generator)
-        draws = (v.to(x.device, non_blocking=True) for v in (*steps, gray))
-        return _compiled(jitter_colors)(x, *draws)
+        return tuple(v.to(x.device, non_blocking=True) for v in (*steps, gray))
+
+    def change(self, x: Tensor, *draws: Tensor) -> Tensor: return _compiled(jitter_colors)(x, *draws)
 
     def __repr__(self):
         return f"{self.jitter!r}" + (f"\n  {self.drop!r}" if self.drop else "")
 
-# %% ../nbs/01e_fused.ipynb #0a63a7a0
+# %% ../nbs/01e_fused.ipynb #269db1b6
 class _Blur(GaussianBlur):
     "`GaussianBlur`, compiled."
 
     def __init__(self, blur: GaussianBlur): self.__dict__.update(blur.__dict__)
 
-    def apply(self, x: Tensor, sigma: Tensor) -> Tensor:
-        if not len(x) or not can_compile(x.device.type): return super().apply(x, sigma)
-        taps = gaussian_taps(sigma.to(x), self.kernel_size(x))
-        return _blur(x, taps[:, taps.shape[1] // 2:], self.border)
+    def drawn(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, ...]:
+        return self.draw(len(x), generator)
+
+    def change(self, x: Tensor, sigma: Tensor, chosen: Tensor) -> Tensor:
+        if not chosen.any(): return x
+        rows = chosen.nonzero()[:, 0].to(x.device, non_blocking=True)
+        taps = gaussian_taps(sigma[chosen].to(x), self.kernel_size(x))
+        return x.index_copy(0, rows, _blur(x[rows], taps[:, taps.shape[1] // 2:], self.border))
 
 # %% ../nbs/01e_fused.ipynb #bc70f397
 def _fused(operators: list) -> list:
@@ -168,14 +175,37 @@ def _fused(operators: list) -> list:
         out.append(o)
     return out
 
-# %% ../nbs/01e_fused.ipynb #6c406a0a
+# %% ../nbs/01e_fused.ipynb #d5ec6a0e
+class _CompiledPolicy(Policy):
+    "A policy of compiled operators; as any other where one of them has no compiled form."
+
+    def __call__(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        whole = not all(hasattr(o, "change") for o in self.operators)
+        if whole or not len(x) or not can_compile(x.device.type):
+            return super().__call__(x, generator)
+        x = self._begin(x, generator)
+        draws = [o.drawn(x, generator) for o in self.operators]
+        pixels = 3 * (self.size or x.shape[3]) ** 2
+        at_once = max(2**23 // (4 * pixels), 1) if x.device.type == "cpu" else len(x)
+        parts = [slice(i, i + at_once) for i in range(0, len(x), at_once)]
+        views = [self._part(x[rows], [[v[rows] for v in own] for own in draws]) for rows in parts]
+        return torch.cat(views) if len(views) > 1 else views[0]
+
+    def _part(self, x: Tensor, draws: list) -> Tensor:
+        "Views of a part of the batch."
+        x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
+        with torch.autocast(x.device.type, enabled=False):
+            for operator, own in zip(self.operators, draws, strict=True): x = operator.change(x, *own)
+        return x.clamp(0, 1)
+
+# %% ../nbs/01e_fused.ipynb #14449360
 def compiled_policy(
     policy: Policy,  # Any
 ) -> Policy:  # Of the same name, with the same views from the same draws, up to rounding
     "A policy whose crop, colours and blur are compiled where the device allows."
     shared = compiled_policy(policy.shared) if policy.shared else None
     size = None if policy.crop else policy.size
-    return Policy(policy.name, _fused(policy.operators), shared, size)
+    return _CompiledPolicy(policy.name, _fused(policy.operators), shared, size)
 
 # %% ../nbs/01e_fused.ipynb #399b355f
 def compiled_views(

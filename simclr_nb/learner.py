@@ -223,7 +223,7 @@ def contrastive_learner(
     learn = kind(dls, model, loss, **kwargs).to_precision(precision)
     return learn.to_distributed() if world_size() > 1 else learn
 
-# %% ../nbs/10_learner.ipynb #3b4362c2
+# %% ../nbs/10_learner.ipynb #67705b2a
 def simclr_learner(
     dls: DataLoaders,  # From `simclr_dls`, or any fastai `DataLoaders` of images in [0, 1]
     arch: str | nn.Module = "resnet18",  # Name, "torchvision/...", "timm/...", or a module
@@ -235,6 +235,7 @@ def simclr_learner(
     second_policy: Policy | None = None,  # That of second views; the same by default
     loss: str | nn.Module = "nt_xent",  # A name of `LOSSES`, or a module
     optimizer: str = "lars",  # A name of `OPTIMIZERS`
+    weight_decay: float = 1e-6,  # Of weights, not of biases and BatchNorm (paper section 2.1)
     out_dim: int = 128,  # Width of the projection z
     hidden_layers: int = 1,  # Hidden layers of the projection head; 0: linear
     batch_norm: bool = False,  # BatchNorm in the head, as in the official code
@@ -252,4 +253,5 @@ def simclr_learner(
     head = projection_head(encoder.out_dim, out_dim, hidden_layers, batch_norm=batch_norm)
     parts = SimCLR(encoder, head), _loss(loss, temperature), TwoViews(policy, second_policy)
     options = dict(precision=precision, micro_batch=micro_batch, compiled=compiled, **kwargs)
-    return contrastive_learner(dls, *parts, partial(create_optimizer, optimizer), **options)
+    create = partial(create_optimizer, optimizer, weight_decay=weight_decay)
+    return contrastive_learner(dls, *parts, create, **options)

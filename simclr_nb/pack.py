@@ -19,7 +19,8 @@ from pathlib import Path
 
 from fastcore.basics import chunked
 
-from .data import ImageArrays, Source, _probe, _watch, find_source
+from .arrays import ImageArrays, _watch
+from .data import Source, _probe, find_source
 from .listing import write_atomic, write_cache
 from .shards import index_about, read_manifest, scan_shards
 

@@ -20,8 +20,9 @@ from simclr_nb.amdim_evaluate import (
     amdim_recipe,
     clipped_cross_entropy,
 )
+from simclr_nb.arrays import ImageArrays
 from simclr_nb.classifier import train_steps
-from simclr_nb.data import ImageArrays, Source, simclr_dls
+from simclr_nb.data import Source, simclr_dls
 from simclr_nb.evaluate import random_encoder
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "amdim.json").read_text())

@@ -1,6 +1,11 @@
 "Real photographs: what the loaders give, in what order, and what they say of a damaged file."
+import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +14,10 @@ import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
-from simclr_nb.data import clean_loader, find_source, read_image, simclr_dls
+from simclr_nb import data
+from simclr_nb.arrays import is_resident, read_image
+from simclr_nb.data import clean_loader, find_source, simclr_dls
+from simclr_nb.files import JpegLoader
 
 FLOWER = Image.fromarray(load_sample_images().images[1]).resize((60, 40))
 
@@ -79,26 +87,26 @@ def test_cifar10_source(cifar10, source):
 
 def test_cifar10_subset_is_balanced_and_decoded(cifar_dls, source):
     for i, paths, n in [(0, source.train, 2000), (1, source.valid, 500)]:
-        data = cifar_dls[i].dataset
-        assert data.images.shape == (n, 3, 32, 32) and data.images.dtype == torch.uint8
-        assert data.labels.bincount().tolist() == [n // 10] * 10
+        own = cifar_dls[i].dataset
+        assert own.images.shape == (n, 3, 32, 32) and own.images.dtype == torch.uint8
+        assert own.labels.bincount().tolist() == [n // 10] * 10
         for i in range(0, n, 97):
-            with Image.open(paths[i]) as image: assert torch.equal(data.images[i], pixels(image))
-            assert cifar_dls.classes[data.labels[i]] == paths[i].parent.name
+            with Image.open(paths[i]) as image: assert torch.equal(own.images[i], pixels(image))
+            assert cifar_dls.classes[own.labels[i]] == paths[i].parent.name
     assert cifar_dls.info["in_memory"]
     assert (cifar_dls.policy.name, cifar_dls.policy.size) == ("cifar", 32)
 
 
 def test_cifar10_epoch_shows_each_image_at_most_once(cifar_dls):
-    data = cifar_dls.train.dataset
-    number = {image.numpy().tobytes(): i for i, image in enumerate(data.images)}
+    own = cifar_dls.train.dataset
+    number = {image.numpy().tobytes(): i for i, image in enumerate(own.images)}
     epochs = []
     for _ in range(2):
         batches = list(cifar_dls.train)
         assert [len(x) for x, _ in batches] == [256] * 7  # the ragged rest of 208 is left out
         x, y = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
         seen = [number[image.numpy().tobytes()] for image in x]
-        assert len(set(seen)) == 7 * 256 and torch.equal(data.labels[seen], y)
+        assert len(set(seen)) == 7 * 256 and torch.equal(own.labels[seen], y)
         epochs.append(seen)
     assert epochs[0] != epochs[1]
 
@@ -106,8 +114,61 @@ def test_cifar10_epoch_shows_each_image_at_most_once(cifar_dls):
 def test_cifar10_clean_loader_is_the_whole_set_in_order(cifar_dls):
     for i, n in [(0, 2000), (1, 500)]:
         x, y = (torch.cat(parts).cpu() for parts in zip(*clean_loader(cifar_dls, i), strict=True))
-        data = cifar_dls[i].dataset
-        assert torch.equal(x, data.images) and torch.equal(y, data.labels) and len(x) == n
+        own = cifar_dls[i].dataset
+        assert torch.equal(x, own.images) and torch.equal(y, own.labels) and len(x) == n
+
+
+MEMORY = """
+import json, sys
+from pathlib import Path
+from simclr_nb.data import simclr_dls
+
+def resident(field):
+    line, = (s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(field))
+    return int(line.split()[1]) * 1024
+
+def load(n, n_valid): return simclr_dls("cifar10", n_train=n, n_valid=n_valid, bs=512, seed=0,
+                                        device="cpu", progress=False)
+for _ in load(1024, 512).train: pass  # what libraries ask for once
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = resident("VmRSS")
+dls = load(20_000, 10_000)
+for _ in dls.train: pass
+images = sum(loader.dataset.images.nbytes for loader in dls)
+print(json.dumps([images, resident("VmHWM") - before]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
+def test_cifar10_is_held_once(cifar10):
+    "While files are listed, checked and decoded, and in an epoch: hardly more than the images."
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEMORY], capture_output=True,
+                          text=True, env=dict(os.environ, OMP_NUM_THREADS="1"), timeout=300)
+    assert done.returncode == 0, done.stderr
+    images, peak = json.loads(done.stdout)
+    assert images == 30_000 * 3 * 32 * 32
+    assert peak <= 1.15 * images
+
+
+def test_copy_on_a_device_is_kept_and_used(source, monkeypatch):
+    "As a GPU with room would be asked to, with a CPU in its place."
+    options = dict(bs=64, n_train=256, n_valid=128, seed=3, device="cpu", progress=False)
+    asked = []
+    monkeypatch.setattr(data, "is_resident", lambda *args: asked.append(args) or True)
+    kept = simclr_dls(source, **options)
+    assert asked == [(384 * 3 * 32 * 32, torch.device("cpu"))]
+    monkeypatch.setattr(data, "is_resident", is_resident)
+    plain = simclr_dls(source, **options)
+    for i in range(2):
+        own = kept[i].dataset
+        assert own.kept[0] is own.images and plain[i].dataset.kept is None
+        own.kept = own.images, 255 - own.images  # so that one sees where a batch comes from
+    for (x, y), (x0, y0) in zip(kept.train, plain.train, strict=True):
+        assert torch.equal(x, 255 - x0) and torch.equal(y, y0)
+    for i in range(2):
+        x, y = (torch.cat(parts) for parts in zip(*clean_loader(kept, i), strict=True))
+        assert torch.equal(x, 255 - kept[i].dataset.images)
+        assert torch.equal(y, kept[i].dataset.labels)
 
 
 def test_cifar100_sample(cifar100_sample):
@@ -174,6 +235,40 @@ def test_grayscale_photographs_have_three_channels(imagenet_sample):
     assert checked, "no grayscale image in the sample"
 
 
+# JPEGs, decoded on the device (here the CPU)
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_jpegs_on_the_device_are_those_of_the_workers(imagenet_sample, num_workers):
+    "The same boxes; the pixels but for rounding to 8 bits, which Pillow does twice, and once here."
+    options = dict(size=96, bs=16, seed=2, device="cpu", progress=False)
+    workers = simclr_dls(imagenet_sample, num_workers=2, **options)
+    device = simclr_dls(imagenet_sample, num_workers=num_workers, decode="device", **options)
+    assert isinstance(device.train, JpegLoader)
+    for _ in range(2):  # epochs: other crops
+        for (x, y), (x0, y0) in zip(device.train, workers.train, strict=True):
+            assert x.shape == (16, 2, 3, 96, 96) and x.dtype == torch.uint8 and torch.equal(y, y0)
+            difference = (x.int() - x0.int()).abs()
+            assert difference.max() <= 2 and difference.float().mean() < 0.5
+    for (x, y), (x0, y0) in zip(device.valid, device.valid):  # by workers
+        assert x.shape == x0.shape == (10, 2, 3, 96, 96) and torch.equal(y, y0)
+    for i in range(2):
+        for (x, y), (x0, y0) in zip(clean_loader(device, i), clean_loader(workers, i), strict=True):
+            assert torch.equal(x, x0) and torch.equal(y, y0)
+
+
+def test_jpegs_on_the_device_are_resumed(imagenet_sample):
+    def loader(num_workers):
+        return simclr_dls(imagenet_sample, size=32, bs=16, seed=2, num_workers=num_workers,
+                          decode="device", device="cpu", progress=False).train
+    whole = list(loader(0))
+    stopped = loader(2)
+    begun, state = list(islice(stopped, 2)), stopped.state_dict()
+    assert (state["epoch"], state["position"]) == (0, 2)
+    (after := loader(1)).load_state_dict(state)
+    for (x, y), (x0, y0) in zip([*begun, *after], whole, strict=True):
+        assert torch.equal(x, x0) and torch.equal(y, y0)
+
+
 # Faults
 
 @pytest.fixture
@@ -191,6 +286,15 @@ def test_file_damaged_during_the_training_is_named(photos, num_workers, clean):
     victim.write_bytes(victim.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"cannot read image .*/{victim.name}"):
         for _ in range(2): list(clean_loader(dls, 0) if clean else dls.train)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_jpeg_damaged_during_the_training_is_named(photos, num_workers):
+    dls = simclr_dls(photos, size=32, bs=5, num_workers=num_workers, decode="device")
+    victim = dls.train.dataset.paths[3]
+    victim.write_bytes(victim.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"cannot read image .*/{victim.name}: .*truncated"):
+        for _ in range(2): list(dls.train)
 
 
 def test_file_removed_during_the_training_is_named(photos):

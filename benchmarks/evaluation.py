@@ -1,0 +1,65 @@
+"""Seconds of what is done with representations besides linear evaluation: t-SNE, and a k-NN vote.
+
+t-SNE is scikit-learn's as `tsne` calls it, so there is no peer; the vote is the one of each epoch
+(`KNNCallback`). Random vectors around as many centres as there are classes, in turns, in one run.
+`knn.py` and `logistic.py` compare with others at full size.
+"""
+import argparse
+
+import torch
+from torch import Tensor
+
+from common import bounds, closing, finish, header, machine, parser_of, rounds, timed, write
+from simclr_nb.diagnose import knn_predict, tsne
+
+CLASSES, NEIGHBOURS, TEMPERATURE = 10, 20, 0.1
+
+
+def data(n: int, dim: int) -> tuple[Tensor, Tensor]:
+    "Vectors around centres `(n, dim)`, and their classes."
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(CLASSES, (n,), generator=generator)
+    centres = torch.randn(CLASSES, dim, generator=generator)
+    return centres[y] + torch.randn(n, dim, generator=generator), y
+
+
+def measure(args: argparse.Namespace) -> dict:
+    "The result card: what was measured, and all that is needed to judge and repeat it."
+    card = header("t-SNE and k-NN vote, seconds", args, "scikit-learn", "numpy")
+    (h, y), m = data(max(args.large, args.small, 2 * args.bank), args.dim), args.bank
+    works = {
+        f"t-SNE, {args.small:,} points": lambda: tsne(h[:args.small], method="sklearn"),
+        f"t-SNE, {args.large:,} points": lambda: tsne(h[:args.large], method="sklearn"),
+        f"k-NN vote, {m:,} images on {m:,}": lambda: knn_predict(
+            h[:m], y[:m], h[m:2 * m], min(NEIGHBOURS, m), TEMPERATURE)}
+    found = rounds({k: lambda work=work: timed(work) for k, work in works.items()}, args.repeats)
+    return finish(dict(card, works=found), *found.values())
+
+
+def table(card: dict) -> str:
+    "Markdown for people, from a card."
+    s, lines = card["settings"], ["| | median s | lowest | highest |", "|---|---:|---:|---:|"]
+    lines += [f"| {name} | {bounds(found, ',.3f')} |" for name, found in card["works"].items()]
+    what = f"D = {s['dim']}, {s['repeats']} runs of each. Threads: {s['threads']}."
+    return "\n".join([*lines, "", *closing(card, what)]) + "\n"
+
+
+def options() -> argparse.ArgumentParser:
+    return parser_of(
+        __doc__, small=(2_000, "points of the smaller map"), large=(10_000, "of the larger one"),
+        bank=(4_096, "images that vote, and as many that are asked"), dim=(512, "of the vectors"),
+        repeats=(5, "timed runs of each"), threads=(machine()["cores"], "of torch"))
+
+
+def main():
+    parser = options()
+    args = parser.parse_args()
+    if min(args.small, args.large) < 10 or min(args.bank, args.dim, args.repeats) < 1:
+        parser.error("10 points or more, and other counts start at 1")
+    torch.set_num_threads(args.threads)
+    card = measure(args)
+    write("evaluation", card, table(card), args.output)
+    print(table(card))
+
+
+if __name__ == "__main__": main()

@@ -1,0 +1,113 @@
+"""Images per second from JPEG files to two views of 224 px: ours beside what others offer.
+
+Decoding, two crops, colours and blur of the paper's policy, end to end, in turns, in one run.
+"""
+import argparse
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from common import bounds, closing, finish, header, machine, parser_of, rate, rounds, write
+from decode import SAMPLE, photos
+from peers import Transformed, lightly_views, solo_views, torchvision_views
+from simclr_nb.augment import TwoViews, paper_policy
+from simclr_nb.files import ImageFiles
+from simclr_nb.fused import compiled_views
+from simclr_nb.loader import EpochLoader
+
+WAYS = dict(ours="ours, compiled", eager="ours, operators", crops="ours, decoded and cropped alone",
+            lightly="lightly", solo="solo-learn's recipe", torchvision="torchvision v2")
+DIFFERENCES = (
+    "Alike: probabilities and ranges of crop, flip, colours and blur; no normalisation. Workers of "
+    "ours decode and crop, the main process does the rest in batches of floats; those of the others "
+    "do all. lightly and solo-learn use Pillow in 8 bits, and its blur, an approximation by boxes; "
+    "solo-learn resizes by a cubic; torchvision works on 8-bit tensors.")
+
+
+def one_by_one(transform: Callable, paths: list[str], args: argparse.Namespace) -> Iterable:
+    "Batches of views that workers make."
+    return DataLoader(Transformed(paths, transform), args.batch, shuffle=True, drop_last=True,
+                      num_workers=args.workers, persistent_workers=True)
+
+
+def passes(args: argparse.Namespace) -> dict[str, Callable[[], Iterable]]:
+    "For each way, what goes over all photos once and yields views."
+    paths = photos(args.folder) * args.copies
+    policy = paper_policy(args.size)
+    files = ImageFiles(list(map(Path, paths)), torch.zeros(len(paths), dtype=torch.long), policy.crop)
+    ours = EpochLoader(files, args.batch, num_workers=args.workers)
+    plain, others = TwoViews(policy), dict(
+        lightly=lightly_views(args.size), solo=solo_views(args.size),
+        torchvision=torchvision_views(args.size))
+    views = dict(ours=compiled_views(plain), eager=plain, crops=lambda pairs: pairs)
+    ways = {name: partial(map, lambda b, f=f: f(b[0]), ours) for name, f in views.items()}
+    ways |= {name: partial(iter, one_by_one(f, paths, args)) for name, f in others.items()}
+    return {name: ways[name] for name in WAYS}
+
+
+def one_pass(batches: Callable, n: int) -> float:
+    "Images per second."
+    start = time.perf_counter()
+    for views in batches(): pass
+    return round(n / (time.perf_counter() - start), 1)
+
+
+def views_alone(args: argparse.Namespace) -> float:
+    "Images per second that get colours and blur, compiled, when nothing is decoded."
+    pairs = torch.randint(0, 256, (args.batch, 2, 3, args.size, args.size), dtype=torch.uint8)
+    fast = compiled_views(TwoViews(paper_policy(args.size)))
+    return round(rate(lambda: fast(pairs), args.batch), 1)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    "The result card: what was measured, and all that is needed to judge and repeat it."
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    card = header("JPEG files to two views, images/s", args, "torchvision", "lightly", "pillow")
+    card["settings"]["folder"] = Path(args.folder).name
+    ways, n = passes(args), len(photos(args.folder)) * args.copies
+    n = n // args.batch * args.batch
+    speeds = rounds({name: partial(one_pass, way, n) for name, way in ways.items()}, args.repeats)
+    alone, theirs, crops = views_alone(args), speeds["lightly"]["median"], speeds["crops"]["median"]
+    limit = 1 / (1 / alone + 1 / crops)
+    return finish(dict(
+        card, images_timed=n, differences=DIFFERENCES, speeds=speeds,
+        ratios={name: round(s["median"] / theirs, 2) for name, s in speeds.items()},
+        views_alone=alone, limit=round(limit, 1),
+        share_of_limit=round(speeds["ours"]["median"] / limit, 3)), *speeds.values())
+
+
+def table(card: dict) -> str:
+    "Markdown for people, from a card."
+    s, ratios = card["settings"], card["ratios"]
+    lines = ["| images/s, from file to two views | median | lowest | highest | to lightly |",
+             "|---|---:|---:|---:|---:|"]
+    lines += [f"| {WAYS[name]} | {bounds(speed, ',.0f')} | {ratios[name]} |"
+              for name, speed in card["speeds"].items()]
+    what = (f"{s['folder']}, {s['size']} px, {card['images_timed']:,} photos a pass, {s['repeats']} "
+            f"passes, batches of {s['batch']}, workers: {s['workers']}, threads: {s['threads']}.")
+    roof = (f"Colours and blur alone: {card['views_alone']:,.0f} images/s; after decoding and "
+            f"cropping, on the same cores, {card['limit']:,.0f}. Ours reach "
+            f"{card['share_of_limit']:.0%} of that.")
+    return "\n".join([*lines, "", *closing(card, what), roof]) + "\n"
+
+
+def main():
+    parser = parser_of(
+        __doc__, copies=(16, "of each photo in a pass"), repeats=(5, "timed passes of each"),
+        batch=(64, "photos in a batch"), workers=(2, "processes"), size=(224, "side of the views"),
+        threads=(machine()["cores"], "of torch, in the main process"))
+    parser.add_argument("--folder", default=SAMPLE, help="JPEG files (the sample of ImageNet)")
+    args = parser.parse_args()
+    if min(args.copies, args.repeats, args.batch, args.workers, args.threads) < 1:
+        parser.error("counts start at 1")
+    card = measure(args)
+    write("photos", card, table(card), args.output)
+    print(table(card))
+
+
+if __name__ == "__main__": main()

@@ -1,0 +1,154 @@
+"""How time and memory grow: the loss with the batch, a step with the image, and with processes.
+
+The loss is that of `loss.py`: ours and, as far as its matrices fit in the memory allowed, that of
+lightly. A step is that of `step.py`: ours, eager, channels last, fp32; with processes that share
+one batch, its negatives and the statistics of BatchNorm, over gloo.
+"""
+import argparse
+import json
+from functools import partial
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import loss
+from common import (bounds, closing, finish, header, machine, own_process, parser_of, product_rate,
+                    rounds, spread, timed, write)
+from simclr_nb.dist import global_loss, to_global_batch_norm
+from simclr_nb.loss import NTXent
+from simclr_nb.processes import launch, world_size
+from step import create_model, create_step, flop
+
+ARCH, VARIANT, SIZES, GIB = "resnet18", "fp32 channels_last eager", (32, 64, 96, 128), 2**30
+MATRICES = 4.3  # of similarities that lightly's loss holds at a time, as measured by loss.py
+SHORT = 0.05  # seconds below which runs say nothing on whether the machine was idle
+
+
+def batches(args: argparse.Namespace) -> list[int]:
+    "Powers of two between the smallest and the largest batch."
+    return [args.least << i for i in range(20) if args.least << i <= args.most]
+
+
+def fits(n: int, args: argparse.Namespace) -> bool:
+    "Whether lightly's loss of so many images fits in the memory allowed."
+    return MATRICES * 4 * (2 * n)**2 <= args.gib * GIB
+
+
+def loss_at(n: int, args: argparse.Namespace) -> dict:
+    "Seconds and peaks of the loss of a batch, and the least time of its products."
+    names = ["ours", "lightly"] if fits(n, args) else ["ours"]
+    args = argparse.Namespace(dim=args.dim, temperature=0.5, device="cpu", threads=args.threads,
+                              repeats=args.repeats)
+    if len(names) > 1: found = loss.losses_at(n, names, args)
+    else:
+        peak = loss.peak_of_process("ours", n, args)["peak_mib"]
+        found = dict(ours=dict(loss.times(names, n, args)["ours"], peak_mib=peak))
+    roof = loss.limit(n, args)["seconds"]
+    ratio = loss.ratios(found).get("lightly")
+    return dict(losses=found, limit_seconds=roof, ratio=ratio,
+                share_of_limit=round(roof / found["ours"]["median"], 3))
+
+
+def sizes(args: argparse.Namespace) -> dict:
+    "Seconds of a step at several sizes of the image, in turns."
+    def work(size: int):
+        x = torch.rand(2 * args.batch, 3, size, size)
+        return partial(timed, create_step(create_model(ARCH, args.width, size), x, VARIANT))
+    found, product = rounds({str(s): work(s) for s in SIZES}, args.repeats), product_rate()
+    for size, s in found.items():
+        share = flop(ARCH, args.batch, args.width, int(size)) / s["median"] / product
+        s.update(images_per_s=round(args.batch / s["median"], 1), share_of_peak=round(share, 3))
+    return found
+
+
+def own_steps(batch: int, width: float, repeats: int) -> list[float]:
+    "Seconds of some steps in one of the processes that share a batch, after two to warm up."
+    torch.manual_seed(0)
+    model, n = create_model(ARCH, width, SIZES[0]), batch // world_size()
+    model = model.to(memory_format=torch.channels_last)
+    if world_size() > 1:
+        model = DistributedDataParallel(to_global_batch_norm(model), broadcast_buffers=False)
+    x, criterion = torch.rand(2 * n, 3, SIZES[0], SIZES[0]), global_loss(NTXent())
+    step = create_step(model, x, VARIANT, criterion)
+    return [timed(step) for _ in range(2 + repeats)][2:]
+
+
+def processes(args: argparse.Namespace) -> dict:
+    "Images per second with one process or more, each launched anew in each round."
+    same = dict(batch=args.batch, width=args.width, repeats=args.inner)
+    ways = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2),
+            "2 processes, 1 thread each": (2, 2)}
+
+    def speed(count: int, threads: int) -> float:
+        steps = own_process(__file__, part=count, threads=threads, **same)
+        return round(args.batch / spread(steps)["median"], 2)
+    return rounds({name: partial(speed, *way) for name, way in ways.items()}, args.repeats)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    "The result card: what was measured, and all that is needed to judge and repeat it."
+    card = header("seconds and MiB as sizes grow", args, "lightly")
+    losses = {str(n): loss_at(n, args) for n in batches(args)}
+    steps, shared = sizes(args), processes(args)
+    spreads = [s for at in losses.values() for s in at["losses"].values() if s["median"] > SHORT]
+    return finish(dict(card, losses=losses, sizes=steps, processes=shared),
+                  *spreads, *steps.values(), *shared.values())
+
+
+def loss_rows(card: dict) -> list[str]:
+    "Of the table of losses."
+    lines = []
+    for n, at in card["losses"].items():
+        (ours, *others), ratio = at["losses"].values(), at["ratio"]
+        theirs = [f"{1e3 * s['median']:,.1f} | {s['peak_mib']:,.0f} | {ratio['time']} | "
+                  f"{ratio['memory']}" for s in others] or ["does not fit | | |"]
+        own = " | ".join(f"{1e3 * ours[k]:,.1f}" for k in ("median", "min", "max"))
+        lines.append(f"| {int(n):,} | {own} | {ours['peak_mib']:,.1f} | "
+                     f"{at['share_of_limit']:.0%} | {theirs[0]} |")
+    return lines
+
+
+def table(card: dict) -> str:
+    "Markdown for people, from a card."
+    s = card["settings"]
+    what = (f"Loss: D = {s['dim']}, float32. Steps: {ARCH}, width {s['width']:g}, {s['batch']} "
+            f"images, {VARIANT}; up to 64 px the CIFAR stem. {s['repeats']} runs of each, of "
+            f"{s['inner']} steps where processes are launched. Threads: {s['threads']}.")
+    return "\n".join([
+        "| images | ours, median ms | lowest | highest | peak MiB | of limit | lightly, median ms "
+        "| peak MiB | times our time | times our memory |", "|" + "---:|" * 10, *loss_rows(card),
+        "", "| step, image size | median s | lowest | highest | images/s | of peak |",
+        "|---|" + "---:|" * 5,
+        *(f"| {k} px | {bounds(v, '.3f')} | {v['images_per_s']:,.1f} | {v['share_of_peak']:.0%} |"
+          for k, v in card["sizes"].items()),
+        "", f"| images/s, step at {SIZES[0]} px | median | lowest | highest |",
+        "|---|---:|---:|---:|", *(f"| {k} | {bounds(v)} |" for k, v in card["processes"].items()),
+        "", *closing(card, what)]) + "\n"
+
+
+def options() -> argparse.ArgumentParser:
+    parser = parser_of(
+        __doc__, least=(256, "images of the smallest loss"), most=(32_768, "of the largest"),
+        gib=(8, "GiB that lightly's loss may ask for"), dim=(128, "width of the projections"),
+        batch=(32, "images of a step"), inner=(5, "steps of a process, in each round"),
+        repeats=(5, "timed rounds"), threads=(machine()["cores"], "of torch"))
+    parser.add_argument("--width", type=float, default=1.0, help="of the encoder (1)")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def main():
+    parser = options()
+    args = parser.parse_args()
+    if min(args.least, args.most, args.batch) < 2 or min(args.repeats, args.inner) < 1:
+        parser.error("2 images or more, and other counts start at 1")
+    torch.set_num_threads(args.threads)
+    if args.part:
+        found = launch(own_steps, args.batch, args.width, args.repeats, processes=args.part)
+        return print(json.dumps([max(times) for times in zip(*found)]))
+    card = measure(args)
+    write("scaling", card, table(card), args.output)
+    print(table(card))
+
+
+if __name__ == "__main__": main()
