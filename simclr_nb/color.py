@@ -27,11 +27,11 @@ def per_image(
         raise ValueError(f"expected one value per image, ({len(x)},), got {tuple(values.shape)}")
     return values.to(x.device, x.dtype, non_blocking=True).view(-1, 1, 1, 1)
 
-# %% ../nbs/00c_color.ipynb #a18fc442
+# %% ../nbs/00c_color.ipynb #28da9d36
 def luma(
     red: Tensor,  # A plane of each image, `(N, H, W)`
-    green: Tensor,  # Likewise
-    blue: Tensor,  # Likewise
+    green: Tensor,  # Likewise, `(N, H, W)`
+    blue: Tensor,  # Likewise, `(N, H, W)`
 ) -> Tensor:  # `(N, H, W)`
     "Grey level of each pixel, with the weights of ITU-R BT.601."
     return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
@@ -75,11 +75,11 @@ def adjust_saturation(
     factor = per_image(factor, x)
     return torch.addcmul(grayscale(x).mul_(1 - factor), x, factor).clamp_(0, 1)
 
-# %% ../nbs/00c_color.ipynb #cc20100c
+# %% ../nbs/00c_color.ipynb #c6dc4dd7
 def rotate_hue(
     red: Tensor,  # A plane of each image, `(N, H, W)`, float in [0, 1]
-    green: Tensor,  # Likewise
-    blue: Tensor,  # Likewise
+    green: Tensor,  # Likewise, `(N, H, W)`
+    blue: Tensor,  # Likewise, `(N, H, W)`
     shift: Tensor,  # Turns of the colour circle, of a shape that fits the planes
 ) -> list[Tensor]:  # Red, green and blue, each `(N, H, W)`
     "Planes with their hue rotated."

@@ -231,7 +231,7 @@ class _Encoded:
     labels: Tensor  # `(N,)`
     rows: list[int]  # Numbers of the images
 
-# %% ../nbs/02c_files.ipynb #c673fedc
+# %% ../nbs/02c_files.ipynb #0ac8d309
 class JpegLoader(EpochLoader):
     "`EpochLoader` over `JpegFiles`, decoded and cropped on the device; refuses `skip_bad`."
 
@@ -246,8 +246,8 @@ class JpegLoader(EpochLoader):
         lengths = [len(data) for data in files]
         return _Encoded(torch.cat(files), lengths, list(turns), boxes, flips, labels, list(rows))
 
-    def after_batch(self, b):
-        device = self.device or torch.device("cpu")
+    def send(self, b, device):
+        device = device or torch.device("cpu")
         names = _Names(self.dataset.paths, b.rows)
         images = decode_jpegs(list(b.data.split(b.lengths)), names, device)
         images = [_upright(*each) for each in zip(images, b.turns, strict=True)]

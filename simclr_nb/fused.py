@@ -51,30 +51,30 @@ def _turn(planes: list, scale: Tensor, own: Tensor, mean: Tensor, hue: Tensor, i
     pairs = zip(rotate_hue(*planes, hue), changed, strict=True)
     return [torch.where(is_hue, a, b) for a, b in pairs]
 
-# %% ../nbs/01e_fused.ipynb #5d6c4fe2
+# %% ../nbs/01e_fused.ipynb #b2066040
 def jitter_colors(
-    x: Tensor,  # Images, `(N, 3, H, W)`, float in [0, 1]
-    scale: Tensor,  # These five as in `ColorSteps`
-    own: Tensor,
-    mean: Tensor,
-    hue: Tensor,
-    is_hue: Tensor,
+    x: Tensor,  # Images, `(N, 3, H, W)`, float in [0, 1] or uint8
+    scale: Tensor,  # Of `ColorSteps`, `(N, 4)`
+    own: Tensor,  # Likewise, `(N, 4)`
+    mean: Tensor,  # Likewise, `(N, 4)`
+    hue: Tensor,  # Likewise, `(N,)`
+    is_hue: Tensor,  # Likewise, `(N, 4)`, bool
     gray: Tensor,  # Whether to drop the colour in the end, `(N,)`, bool
 ) -> Tensor:  # `(N, 3, H, W)`, in [0, 1]
     "Colour jitter and colour drop (paper appendix A), alike for all images; to be compiled."
-    planes = list(x.unbind(1))
+    planes = list((x / 255 if x.dtype == torch.uint8 else x).unbind(1))
     for turn in range(4):
         now = (v[:, turn, None, None] for v in (scale, own, mean))
         planes = _turn(planes, *now, hue[:, None, None], is_hue[:, turn, None, None])
     grey = luma(*planes)
     return torch.stack([torch.where(gray[:, None, None], grey, plane) for plane in planes], 1)
 
-# %% ../nbs/01e_fused.ipynb #0ae8dbda
+# %% ../nbs/01e_fused.ipynb #158beb86
 def shifted_sum(
     x: Tensor,  # Images with a border of r pixels along that axis, `(N, C, H, W)`
     taps: Tensor,  # Weights from the centre outwards, of each image, `(N, r + 1)`
     dim: int,  # Axis: 2 or 3
-) -> Tensor:  # r pixels less at both ends
+) -> Tensor:  # `(N, C, H, W)`, without the border
     "Weighted sum of shifted images; to be compiled."
     radius = taps.shape[1] - 1
     size = x.shape[dim] - 2 * radius
@@ -175,7 +175,7 @@ def _fused(operators: list) -> list:
         out.append(o)
     return out
 
-# %% ../nbs/01e_fused.ipynb #d5ec6a0e
+# %% ../nbs/01e_fused.ipynb #bb5d1aa2
 class _CompiledPolicy(Policy):
     "A policy of compiled operators; as any other where one of them has no compiled form."
 
@@ -188,15 +188,20 @@ class _CompiledPolicy(Policy):
         pixels = 3 * (self.size or x.shape[3]) ** 2
         at_once = max(2**23 // (4 * pixels), 1) if x.device.type == "cpu" else len(x)
         parts = [slice(i, i + at_once) for i in range(0, len(x), at_once)]
-        views = [self._part(x[rows], [[v[rows] for v in own] for own in draws]) for rows in parts]
-        return torch.cat(views) if len(views) > 1 else views[0]
+        sides = (self.size, self.size) if self.size else x.shape[2:]
+        views = x.new_empty(len(x), 3, *sides, dtype=torch.float32)
+        for rows in parts:
+            part = self._changed(x[rows], [[v[rows] for v in own] for own in draws])
+            torch.clamp(part, 0, 1, out=views[rows])
+        return views
 
-    def _part(self, x: Tensor, draws: list) -> Tensor:
-        "Views of a part of the batch."
-        x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
+    def _changed(self, x: Tensor, draws: list) -> Tensor:
+        "A part of the batch after all operators; colours take 8 bits as they are."
+        if not (x.dtype == torch.uint8 and isinstance(self.operators[0], _Colors)):
+            x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
         with torch.autocast(x.device.type, enabled=False):
             for operator, own in zip(self.operators, draws, strict=True): x = operator.change(x, *own)
-        return x.clamp(0, 1)
+        return x
 
 # %% ../nbs/01e_fused.ipynb #14449360
 def compiled_policy(

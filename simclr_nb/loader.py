@@ -69,7 +69,7 @@ def _ranks(loader: "EpochLoader") -> tuple[int, int]:
     if loader.rank is not None: return loader.rank, loader.world_size or 1
     return rank(), world_size()
 
-# %% ../nbs/01d_loader.ipynb #707fd1b9
+# %% ../nbs/01d_loader.ipynb #85ce04ac
 class EpochLoader(DataLoader):
     "Shuffled batches of one rank, a function of seed, epoch and position; resumable."
 
@@ -90,8 +90,6 @@ class EpochLoader(DataLoader):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.window, self.skip_bad, self.skipped = window, skip_bad, []
         self.epoch, self.start, self.position = 0, 0, 0
-        on_gpu = torch.device(kwargs.get("device") or "cpu").type == "cuda"
-        kwargs.setdefault("pin_memory", on_gpu and kwargs.get("num_workers", 0) > 0)
         kwargs |= dict(shuffle=True, drop_last=True, indexed=True)
         super().__init__(dataset, bs, **kwargs)
         self.timeout = timeout
@@ -120,6 +118,10 @@ class EpochLoader(DataLoader):
         torch.default_generator.manual_seed(item_seed(self.seed, self.epoch, s))
         try: return self.dataset[s]
         finally: torch.set_rng_state(state)
+
+    def send(self, batch: tuple, device: torch.device | None) -> tuple:
+        "A batch of the workers, on the device."
+        return batch if device is None else to_device(batch, device, non_blocking=True)
 
     def create_batches(self, samps):
         for rows in chunked(samps, self.bs):
@@ -153,13 +155,12 @@ def _batches(loader: EpochLoader) -> Iterator:
         said = f"a data worker died, killed perhaps for want of memory: {error!r}"
         raise RuntimeError(f"{said}; resume from the last checkpoint") from error
 
-# %% ../nbs/01d_loader.ipynb #e602dd37
+# %% ../nbs/01d_loader.ipynb #e7ace5f5
 def _sent(loader: EpochLoader) -> Iterator:
     "Batches on the loader's device, perhaps still on their way."
-    if not loader.pin_memory: return (yield from _batches(loader))
     device, loader.device = loader.device, None
     try:
-        for batch in _batches(loader): yield to_device(batch, device, non_blocking=True)
+        for batch in _batches(loader): yield loader.send(batch, device)
     finally: loader.device = device
 
 # %% ../nbs/01d_loader.ipynb #3e9fea29

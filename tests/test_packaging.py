@@ -20,11 +20,11 @@ except ImportError: import tomli as tomllib  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "simclr_nb"
-MAP = """show processes crop color distort augment listing shards loader arrays files
+MAP = """show processes crop color distort augment fused listing shards loader arrays files
          data pack labels datasets encoder head loss alternatives dist microbatch optim
          diagnose transformation multiview bounds amdim nce callback checkpoint parallel learner amdim_learner
          result significance comparison logistic classifier evaluate amdim_evaluate
-         run search finetune transfer protocols study convert cost plan cli""".split()
+         run search finetune transfer protocols study convert cost plan cli speedrun""".split()
 DISTRIBUTION = {"sklearn": "scikit-learn", "PIL": "pillow"}  # where an import has another name
 
 ini = ConfigParser(delimiters=["="])
