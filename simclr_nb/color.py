@@ -75,12 +75,12 @@ def adjust_saturation(
     factor = per_image(factor, x)
     return torch.addcmul(grayscale(x).mul_(1 - factor), x, factor).clamp_(0, 1)
 
-# %% ../nbs/00c_color.ipynb #c6dc4dd7
+# %% ../nbs/00c_color.ipynb #58296cef
 def rotate_hue(
     red: Tensor,  # A plane of each image, `(N, H, W)`, float in [0, 1]
     green: Tensor,  # Likewise, `(N, H, W)`
     blue: Tensor,  # Likewise, `(N, H, W)`
-    shift: Tensor,  # Turns of the colour circle, of a shape that fits the planes
+    shift: Tensor,  # Turns of the colour circle, `(N, 1, 1)`
 ) -> list[Tensor]:  # Red, green and blue, each `(N, H, W)`
     "Planes with their hue rotated."
     high = torch.maximum(torch.maximum(red, green), blue)

@@ -29,9 +29,9 @@ class ColorSteps(NamedTuple):
     hue: Tensor  # Shift of the hue, in turns of the colour circle, `(N,)`
     is_hue: Tensor  # Whether this is the turn of the hue, `(N, 4)`, bool
 
-# %% ../nbs/01e_fused.ipynb #14809385
+# %% ../nbs/01e_fused.ipynb #7d8388bd
 def color_steps(
-    factors: Tensor,  # Of brightness, contrast, saturation and hue, `(N, 4)`, as `ColorJitter` draws
+    factors: Tensor,  # Brightness, contrast, saturation, hue, `(N, 4)`, as `ColorJitter` draws
     order: Tensor,  # Of the four, `(N, 4)`, integers 0 to 3
     change: Tensor,  # Whether to change the image at all, `(N,)`, bool
 ) -> ColorSteps:
