@@ -125,7 +125,7 @@ class _Crop(RandomResizedCrop):
         how = self.size, flip, self.antialias, self.interpolation
         return _compiled(crop_resize)(x, boxes, *how)
 
-# %% ../nbs/01e_fused.ipynb #91af4380
+# %% ../nbs/01e_fused.ipynb #58680f23
 class _Colors:
     "Colour jitter and, if it follows, colour drop, compiled."
 
@@ -142,7 +142,8 @@ class _Colors:
         if self.drop: gray, = self.drop.draw(len(x), generator)
         return tuple(v.to(x.device, non_blocking=True) for v in (*steps, gray))
 
-    def change(self, x: Tensor, *draws: Tensor) -> Tensor: return _compiled(jitter_colors)(x, *draws)
+    def change(self, x: Tensor, *draws: Tensor) -> Tensor:
+        return _compiled(jitter_colors)(x, *draws)
 
     def __repr__(self):
         return f"{self.jitter!r}" + (f"\n  {self.drop!r}" if self.drop else "")
@@ -175,7 +176,7 @@ def _fused(operators: list) -> list:
         out.append(o)
     return out
 
-# %% ../nbs/01e_fused.ipynb #bb5d1aa2
+# %% ../nbs/01e_fused.ipynb #5ce6005c
 class _CompiledPolicy(Policy):
     "A policy of compiled operators; as any other where one of them has no compiled form."
 
@@ -200,7 +201,7 @@ class _CompiledPolicy(Policy):
         if not (x.dtype == torch.uint8 and isinstance(self.operators[0], _Colors)):
             x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
         with torch.autocast(x.device.type, enabled=False):
-            for operator, own in zip(self.operators, draws, strict=True): x = operator.change(x, *own)
+            for o, own in zip(self.operators, draws, strict=True): x = o.change(x, *own)
         return x
 
 # %% ../nbs/01e_fused.ipynb #14449360
