@@ -119,9 +119,10 @@ def load_arrays(
     deque(_watch(_in_threads(fill, len(paths)), len(paths), progress), maxlen=0)
     return ImageArrays(images, torch.as_tensor(labels))
 
-# %% ../nbs/02a_arrays.ipynb #dab245b0
+# %% ../nbs/02a_arrays.ipynb #c089a838
 class ArrayLoader(DataLoader):
     "fastai `DataLoader` over `ImageArrays` that gathers whole batches, on the device if they can."
+    sends = False  # They may be there already
 
     def sample(self):
         rows = torch.as_tensor(self._DataLoader__idxs)  # fastai's own would walk them one by one

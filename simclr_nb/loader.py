@@ -69,9 +69,10 @@ def _ranks(loader: "EpochLoader") -> tuple[int, int]:
     if loader.rank is not None: return loader.rank, loader.world_size or 1
     return rank(), world_size()
 
-# %% ../nbs/01d_loader.ipynb #85ce04ac
+# %% ../nbs/01d_loader.ipynb #cb4b59e0
 class EpochLoader(DataLoader):
     "Shuffled batches of one rank, a function of seed, epoch and position; resumable."
+    sends = True  # Batches to the device by itself, as `send` says
 
     def __init__(
         self,
@@ -155,9 +156,10 @@ def _batches(loader: EpochLoader) -> Iterator:
         said = f"a data worker died, killed perhaps for want of memory: {error!r}"
         raise RuntimeError(f"{said}; resume from the last checkpoint") from error
 
-# %% ../nbs/01d_loader.ipynb #e7ace5f5
+# %% ../nbs/01d_loader.ipynb #9eb3202f
 def _sent(loader: EpochLoader) -> Iterator:
     "Batches on the loader's device, perhaps still on their way."
+    if not loader.sends: return (yield from _batches(loader))
     device, loader.device = loader.device, None
     try:
         for batch in _batches(loader): yield loader.send(batch, device)
