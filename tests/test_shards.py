@@ -28,7 +28,7 @@ from sklearn.datasets import load_sample_images
 
 from simclr_nb import shards
 from simclr_nb.crop import RandomResizedCrop
-from simclr_nb.files import ImageFiles
+from simclr_nb.files import ImageFiles, read_pixels
 from simclr_nb.loader import EpochLoader, epoch_order, rank_batches
 from simclr_nb.pack import verify_shards, write_shards
 from simclr_nb.shards import expand_shards, fetch, open_shards
@@ -130,7 +130,7 @@ def test_draws_differ_between_images_epochs_and_seeds_alone():
 
 def test_resuming_decodes_nothing_before_the_position(photos, monkeypatch):
     read = []
-    monkeypatch.setattr("simclr_nb.files.read_image", lambda f: read.append(f) or Image.open(f))
+    monkeypatch.setattr("simclr_nb.files.read_pixels", lambda f: read.append(f) or read_pixels(f))
     loader = EpochLoader(files(photos), 8)
     loader.load_state_dict(loader.state_dict() | dict(position=5))
     assert len(seen(loader)) == len(read) == 8
