@@ -6,7 +6,7 @@
 __all__ = ['random_state', 'set_random_state', 'find_checkpoints', 'write_checkpoint', 'read_checkpoint', 'latest_checkpoint',
            'learner_state', 'set_learner_state', 'ResumableLearner', 'CheckpointCallback']
 
-# %% ../nbs/09b_checkpoint.ipynb #fc7144b2
+# %% ../nbs/09b_checkpoint.ipynb #c0afab5e
 import hashlib
 import io
 import pickle
@@ -23,7 +23,8 @@ import torch
 from .listing import write_atomic
 from .loader import EpochLoader
 from .microbatch import bare_model
-from .processes import all_objects, any_rank, from_main, is_main, rank, world_size
+from .processes import (all_objects, any_rank, from_main, is_main, kept_memory, rank,
+                                 world_size)
 from fastai.callback.core import CancelEpochException, Callback
 from fastai.learner import Learner
 from fastcore.foundation import L
@@ -184,17 +185,18 @@ def set_learner_state(
     learn.resumed = {name: state[name] for name in ("epoch", "steps", "random", "pct_train")}
     learn.train_iter = state["train_iter"]
 
-# %% ../nbs/09b_checkpoint.ipynb #fff77fb9
+# %% ../nbs/09b_checkpoint.ipynb #1a0bf3d5
 class ResumableLearner(Learner):
     "fastai `Learner` that can go on where another was stopped."
 
     resumed = None  # What is left to set when a resumed fit begins its first epoch
 
     def _do_fit(self):
+        first = self.resumed["epoch"] if self.resumed else 0
         try:
-            for epoch in range(self.resumed["epoch"] if self.resumed else 0, self.n_epoch):
-                self.epoch = epoch
-                self._with_events(self._do_epoch, "epoch", CancelEpochException)
+            with kept_memory():
+                for self.epoch in range(first, self.n_epoch):
+                    self._with_events(self._do_epoch, "epoch", CancelEpochException)
         finally:  # fastai calls no callback after an error
             if hasattr(self, "checkpoint"): self.checkpoint.give_back()
 

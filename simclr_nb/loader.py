@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['epoch_order', 'rank_batches', 'item_seed', 'EpochLoader']
 
-# %% ../nbs/01d_loader.ipynb #426c862b
+# %% ../nbs/01d_loader.ipynb #4fccee03
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -69,7 +70,7 @@ def _ranks(loader: "EpochLoader") -> tuple[int, int]:
     if loader.rank is not None: return loader.rank, loader.world_size or 1
     return rank(), world_size()
 
-# %% ../nbs/01d_loader.ipynb #cb4b59e0
+# %% ../nbs/01d_loader.ipynb #3de5bbf9
 class EpochLoader(DataLoader):
     "Shuffled batches of one rank, a function of seed, epoch and position; resumable."
     sends = True  # Batches to the device by itself, as `send` says
@@ -119,6 +120,10 @@ class EpochLoader(DataLoader):
         torch.default_generator.manual_seed(item_seed(self.seed, self.epoch, s))
         try: return self.dataset[s]
         finally: torch.set_rng_state(state)
+
+    def wif(self):
+        "What a worker does first: it gives way to the process that trains."
+        if hasattr(os, "nice"): os.nice(10)
 
     def send(self, batch: tuple, device: torch.device | None) -> tuple:
         "A batch of the workers, on the device."

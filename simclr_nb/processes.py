@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['TIMEOUT', 'world_size', 'rank', 'is_main', 'join_processes', 'leave_processes', 'from_main', 'all_objects',
-           'any_rank', 'shard_rows', 'launch']
+           'any_rank', 'shard_rows', 'kept_memory', 'launch']
 
-# %% ../nbs/00e_processes.ipynb #83645826
+# %% ../nbs/00e_processes.ipynb #cec27117
 import atexit
+import ctypes
 import gc
 import logging
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from multiprocessing import get_context
@@ -106,6 +109,33 @@ def shard_rows(
         found = f"n = {n}, rank = {rank}, world_size = {world_size}"
         raise ValueError(f"expected n >= 0 and 0 <= rank < world_size, got {found}")
     return range(n * rank // world_size, n * (rank + 1) // world_size)
+
+# %% ../nbs/00e_processes.ipynb #313b786c
+_TRIM, _PAD, _MMAP = -1, -2, -3  # numbers of glibc's options: M_TRIM_THRESHOLD, M_TOP_PAD, ...
+
+def _set_malloc(libc: ctypes.CDLL, mmap: int, trim: int, pad: int) -> bool:
+    "Bytes from which on a block has pages of its own; that may lie free; that are fetched ahead."
+    return all([libc.mallopt(_MMAP, mmap), libc.mallopt(_TRIM, trim), libc.mallopt(_PAD, pad)])
+
+def _glibc() -> ctypes.CDLL | None:
+    "The C library if it is glibc and the environment leaves its memory to us."
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ): return None
+    if sys.platform != "linux": return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+# %% ../nbs/00e_processes.ipynb #ea0e4e42
+@contextmanager
+def kept_memory() -> Iterator[bool]:
+    "Inside, freed memory is kept for what comes next (Linux with glibc); says whether it is."
+    libc = _glibc()
+    if libc is None:
+        yield False
+        return
+    try: yield _set_malloc(libc, 2**30, -1, 2**26)
+    finally:
+        _set_malloc(libc, 2**25, 2**26, 2**17)  # what glibc comes to by itself with large blocks
+        libc.malloc_trim(0)
 
 # %% ../nbs/00e_processes.ipynb #b25fd50d
 def _as_process(function: Callable, processes: int, args: tuple, errors: SimpleQueue) -> object:
