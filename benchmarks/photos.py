@@ -18,14 +18,15 @@ from simclr_nb.augment import TwoViews, paper_policy
 from simclr_nb.files import ImageFiles
 from simclr_nb.fused import compiled_views
 from simclr_nb.loader import EpochLoader
+from simclr_nb.processes import kept_memory
 
 WAYS = dict(ours="ours, compiled", eager="ours, operators", crops="ours, decoded and cropped alone",
             lightly="lightly", solo="solo-learn's recipe", torchvision="torchvision v2")
 DIFFERENCES = (
     "Alike: probabilities and ranges of crop, flip, colours and blur; no normalisation. Workers of "
-    "ours decode and crop, the main process does the rest in batches of floats; those of the others "
-    "do all. lightly and solo-learn use Pillow in 8 bits, and its blur, an approximation by boxes; "
-    "solo-learn resizes by a cubic; torchvision works on 8-bit tensors.")
+    "ours decode and crop, the main process does the rest in batches of floats, and keeps its "
+    "memory; those of the others do all. lightly and solo-learn use Pillow in 8 bits, and its blur, "
+    "an approximation by boxes; solo-learn resizes by a cubic; torchvision works on 8-bit tensors.")
 
 
 def one_by_one(transform: Callable, paths: list[str], args: argparse.Namespace) -> Iterable:
@@ -38,7 +39,8 @@ def passes(args: argparse.Namespace) -> dict[str, Callable[[], Iterable]]:
     "For each way, what goes over all photos once and yields views."
     paths = photos(args.folder) * args.copies
     policy = paper_policy(args.size)
-    files = ImageFiles(list(map(Path, paths)), torch.zeros(len(paths), dtype=torch.long), policy.crop)
+    labels = torch.zeros(len(paths), dtype=torch.long)
+    files = ImageFiles(list(map(Path, paths)), labels, policy.crop)
     ours = EpochLoader(files, args.batch, num_workers=args.workers)
     plain, others = TwoViews(policy), dict(
         lightly=lightly_views(args.size), solo=solo_views(args.size),
@@ -71,9 +73,11 @@ def measure(args: argparse.Namespace) -> dict:
     card["settings"]["folder"] = Path(args.folder).name
     ways, n = passes(args), len(photos(args.folder)) * args.copies
     n = n // args.batch * args.batch
-    speeds = rounds({name: partial(one_pass, way, n) for name, way in ways.items()}, args.repeats)
-    alone, theirs, crops = views_alone(args), speeds["lightly"]["median"], speeds["crops"]["median"]
-    limit = 1 / (1 / alone + 1 / crops)
+    with kept_memory():  # as in training
+        works = {name: partial(one_pass, way, n) for name, way in ways.items()}
+        speeds, alone = rounds(works, args.repeats), views_alone(args)
+    theirs, crops = speeds["lightly"]["median"], speeds["crops"]["median"]
+    limit = machine()["cores"] / (args.threads / alone + args.workers / crops)
     return finish(dict(
         card, images_timed=n, differences=DIFFERENCES, speeds=speeds,
         ratios={name: round(s["median"] / theirs, 2) for name, s in speeds.items()},
@@ -100,7 +104,7 @@ def main():
     parser = parser_of(
         __doc__, copies=(16, "of each photo in a pass"), repeats=(5, "timed passes of each"),
         batch=(64, "photos in a batch"), workers=(2, "processes"), size=(224, "side of the views"),
-        threads=(machine()["cores"], "of torch, in the main process"))
+        threads=(1, "of torch, in the main process, beside the workers"))
     parser.add_argument("--folder", default=SAMPLE, help="JPEG files (the sample of ImageNet)")
     args = parser.parse_args()
     if min(args.copies, args.repeats, args.batch, args.workers, args.threads) < 1:
