@@ -252,6 +252,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'simclr_nb.callback._Measurement': ('callback.html#_measurement', 'simclr_nb/callback.py'),
                                     'simclr_nb.callback._Measurement.before_fit': ( 'callback.html#_measurement.before_fit',
                                                                                     'simclr_nb/callback.py'),
+                                    'simclr_nb.callback._bf16_gain': ('callback.html#_bf16_gain', 'simclr_nb/callback.py'),
                                     'simclr_nb.callback.auto_precision': ('callback.html#auto_precision', 'simclr_nb/callback.py'),
                                     'simclr_nb.callback.callback_metric': ('callback.html#callback_metric', 'simclr_nb/callback.py')},
             'simclr_nb.checkpoint': { 'simclr_nb.checkpoint.CheckpointCallback': ( 'checkpoint.html#checkpointcallback',

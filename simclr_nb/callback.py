@@ -7,8 +7,11 @@ __all__ = ['ViewsCallback', 'auto_precision', 'PrecisionCallback', 'ScheduleCall
            'FiniteLossCallback', 'RepresentCallback', 'ProbeCallback', 'KNNCallback', 'callback_metric',
            'HistoryCallback']
 
-# %% ../nbs/09_callback.ipynb #f5c09588
+# %% ../nbs/09_callback.ipynb #5181e6ea
+import time
 from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -53,7 +56,17 @@ class ViewsCallback(Callback):
             found = f"expected images in [0, 1], got {x.min().item():.2f} to {x.max().item():.2f}"
             raise ValueError(f"{found}: take Normalize out of the DataLoaders")
 
-# %% ../nbs/09_callback.ipynb #946aacff
+# %% ../nbs/09_callback.ipynb #d51ee9ba
+@lru_cache
+def _bf16_gain() -> float:
+    "How many times as fast a product of matrices is on this CPU in bf16 as in float32."
+    def fastest(dtype: torch.dtype) -> float:
+        a, times = torch.ones(512, 512, dtype=dtype), [time.perf_counter()]
+        for _ in range(8): times += [(a @ a, time.perf_counter())[1]]
+        return min(b - a for a, b in pairwise(times))
+    return fastest(torch.float32) / fastest(torch.bfloat16)
+
+# %% ../nbs/09_callback.ipynb #3708416d
 def auto_precision(
     device: torch.device | str,  # Where the model is
 ) -> str:  # "bf16", "fp16" or "fp32"
@@ -62,7 +75,8 @@ def auto_precision(
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if torch.device(device).type != "cpu": return "fp32"
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+    able = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bf16" if able and _bf16_gain() > 1.2 else "fp32"
 
 # %% ../nbs/09_callback.ipynb #0b1f83c3
 class PrecisionCallback(MixedPrecision):
