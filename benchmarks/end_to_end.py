@@ -27,6 +27,7 @@ from simclr_nb.head import SimCLR, projection_head
 from simclr_nb.learner import simclr_learner
 from simclr_nb.loss import NTXent
 from simclr_nb.optim import create_optimizer
+from simclr_nb.processes import kept_memory
 from step import flop
 
 ARCH, SIZE, LR, AHEAD = "resnet18", 32, 0.05, 2  # batches that each worker prepares ahead
@@ -81,7 +82,8 @@ class Bare:
         self.batches, self.views, self.loss = dls.train, TwoViews(dls.policy), NTXent()
         self.opt = create_optimizer("sgd", model.parameters(), LR)
 
-    def __call__(self) -> float: return passes(self.batches, self.step, self.args)
+    def __call__(self) -> float:
+        with kept_memory(): return passes(self.batches, self.step, self.args)  # as in `pretrain`
 
     def step(self, batch: tuple) -> None:
         x = self.views(batch[0].as_subclass(torch.Tensor))
