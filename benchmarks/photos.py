@@ -86,7 +86,8 @@ def table(card: dict) -> str:
     lines += [f"| {WAYS[name]} | {bounds(speed, ',.0f')} | {ratios[name]} |"
               for name, speed in card["speeds"].items()]
     what = (f"{s['folder']}, {s['size']} px, {card['images_timed']:,} photos a pass, "
-            f"{s['repeats']} passes, batches of {s['batch']}, workers: {s['workers']}, threads: {s['threads']}.")
+            f"{s['repeats']} passes, batches of {s['batch']}, workers: {s['workers']}, threads: "
+            f"{s['threads']}.")
     roof = (f"Colours and blur alone: {card['views_alone']:,.0f} images/s; after decoding and "
             f"cropping, on the same cores, {card['limit']:,.0f}. Ours reach "
             f"{card['share_of_limit']:.0%} of that.")
