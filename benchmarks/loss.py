@@ -183,7 +183,8 @@ def table(card: dict) -> str:
         f"their fastest: {r['lightly']['time_worst']} and {r['in_place']['time_worst']}.",
         f"{large['images']:,} images, ours: {large['seconds']:.1f} s, "
         f"{large['peak_mib']:,.0f} MiB. pytorch-metric-learning would ask for "
-        f"{card['pytorch_metric_learning_gib']:,} GiB at {s['images']:,} images.", *closing(card, what),
+        f"{card['pytorch_metric_learning_gib']:,} GiB at {s['images']:,} images.",
+        *closing(card, what),
         f"Roof: {1e3 * roof['seconds']:,.0f} ms for {roof['flop'] / 1e9:,.1f} GFLOP of products at "
         f"{roof['product_gflop_per_s']} GFLOP/s; ours reach {card['share_of_limit']:.0%} of it."]
     return "\n".join(lines) + "\n"

@@ -25,7 +25,8 @@ DIFFERENCES = (
     "Alike: probabilities and ranges of crop, flip, colours and blur; no normalisation. Workers of "
     "ours decode and crop, the main process does the rest in batches of floats, and keeps its "
     "memory; those of the others do all. lightly and solo-learn use Pillow in 8 bits, and its "
-    "blur, an approximation by boxes; solo-learn resizes by a cubic; torchvision works on 8-bit tensors.")
+    "blur, an approximation by boxes; solo-learn resizes by a cubic; torchvision works on 8-bit "
+    "tensors.")
 
 
 def passes(args: argparse.Namespace) -> dict[str, Callable[[], Iterable]]:
