@@ -9,10 +9,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from common import bounds, closing, finish, header, machine, parser_of, rate, rounds, write
-from peers import Transformed, kornia_views, lightly_views, solo_views, torchvision_views
+from peers import kornia_views, lightly_views, one_by_one, solo_views, torchvision_views
 from simclr_nb.arrays import ImageArrays
 from simclr_nb.augment import TwoViews
 from simclr_nb.data import SimCLRDataLoaders, Source, simclr_dls
@@ -38,20 +37,13 @@ def load(data: str, n: int, batch: int, device: str) -> SimCLRDataLoaders:
         data, SIZE, batch, "cifar", n_train=n, n_valid=2, seed=0, device=device, progress=False)
 
 
-def one_by_one(transform: Callable, images: list, args: argparse.Namespace) -> Iterable:
-    "Batches of views that workers make from images already decoded, in memory."
-    return DataLoader(
-        Transformed(images, transform), args.batch, shuffle=True, drop_last=True,
-        num_workers=args.workers, persistent_workers=args.workers > 0)
-
-
 def passes(args: argparse.Namespace, dls: SimCLRDataLoaders) -> dict[str, Callable[[], Iterable]]:
     "For each way, what goes over all images once and yields lists of views."
     images, plain = list(dls.train.dataset.images), TwoViews(dls.policy)
     fast, kornia = compiled_views(plain), kornia_views(SIZE)
     batched = dict(ours=lambda x: [fast(x)], eager=lambda x: [plain(x)], kornia=kornia)
-    alone = dict(lightly=lightly_views(SIZE), solo=solo_views(SIZE), torchvision=torchvision_views(SIZE))
-    loaders = {name: one_by_one(transform, images, args) for name, transform in alone.items()}
+    others = dict(lightly=lightly_views, solo=solo_views, torchvision=torchvision_views)
+    loaders = {name: one_by_one(make(SIZE), images, args) for name, make in others.items()}
     ways = {name: partial(map, lambda b, f=f: f(b[0]), dls.train) for name, f in batched.items()}
     return {name: ways.get(name) or partial(iter, loaders[name]) for name in WAYS}
 
@@ -107,11 +99,12 @@ def table(card: dict) -> str:
              "|---|---:|---:|---:|---:|"]
     lines += [f"| {WAYS[name]} | {bounds(speed, ',.0f')} | {ratios[name]} |"
               for name, speed in card["speeds"].items()]
-    what = (f"{s['data']}, {card['images_timed']:,} images a pass, {s['repeats']} passes, batches of "
-            f"{s['batch']}. Batched: threads: {s['threads']}; others: workers: {s['workers']}.")
-    return "\n".join([*lines, "", *closing(card, what),
-        f"Roof: {roof['images_per_s']:,} images/s (copy {roof['copy_gb_per_s']} GB/s, products "
-        f"{roof['product_gflop_per_s']} GFLOP/s); ours reach {card['share_of_limit']:.1%} of it."]) + "\n"
+    what = (f"{s['data']}, {card['images_timed']:,} images a pass, {s['repeats']} passes, batches "
+            f"of {s['batch']}. Batched: threads: {s['threads']}; others: workers: {s['workers']}.")
+    roof = (f"Roof: {roof['images_per_s']:,} images/s (copy {roof['copy_gb_per_s']} GB/s, products "
+            f"{roof['product_gflop_per_s']} GFLOP/s); ours reach {card['share_of_limit']:.1%} of "
+            "it.")
+    return "\n".join([*lines, "", *closing(card, what), roof]) + "\n"
 
 
 def main():
@@ -121,11 +114,8 @@ def main():
         threads=(machine()["cores"], "threads of torch, for the others"))
     parser.add_argument("--data", choices=["cifar10", "random"], default="cifar10", help="images")
     args = parser.parse_args()
-    if min(args.images, args.repeats, args.batch, args.threads) < 1:
-        parser.error("counts start at 1")
     card = measure(args)
     write("augment", card, table(card), args.output)
-    print(table(card))
 
 
 if __name__ == "__main__": main()

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 MIB = 2**20
 STEADY = 1.5  # slowest over fastest run; beyond it something else was running
 IDLE = 0.5  # load for each core below which nothing else runs
+HIDDEN = "output", "part", "peak", "check"  # options that change nothing of what is measured
 # for a process whose memory is measured: glibc gives back at once what is freed
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -55,8 +56,12 @@ def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> flo
     "Operations per second of a large product of matrices: the roof of what consists of products."
     side = 1024 if device == "cpu" else 8192
     a = torch.ones(side, side, device=device, dtype=dtype)
-    wait = torch.cuda.synchronize if a.is_cuda else lambda: None
-    return rate(lambda: (a @ a, wait()), 2 * side**3)
+    return rate(lambda: (a @ a, wait(device)), 2 * side**3)
+
+
+def wait(device: str | torch.device) -> None:
+    "Until the device has done all that it was given."
+    if torch.device(device).type == "cuda": torch.cuda.synchronize()
 
 
 def resident(field: str) -> int:
@@ -89,11 +94,20 @@ def own_process(script: str, env: dict | None = None, **options) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def count(least: int) -> Callable[[str], int]:
+    "Type of an option: whole numbers from this one on."
+    def convert(text: str) -> int:
+        if int(text) < least: raise ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+    return convert
+
+
 def parser_of(description: str, **counts: tuple) -> ArgumentParser:
-    "Options that every benchmark has, and counts: name to default and meaning."
+    "Options that every benchmark has, and counts: name to default, meaning and perhaps the least."
     parser = ArgumentParser(description=description)
-    for name, (default, text) in counts.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    for name, (default, text, *least) in counts.items():
+        parser.add_argument(f"--{name}", type=count(*least or [1]), default=default,
+                            help=f"{text} ({default})")
     parser.add_argument("--output", type=Path,
                         help="write the card here, and leave results/ and RESULTS.md alone")
     return parser
@@ -128,7 +142,7 @@ def versions(*packages: str) -> dict:
 
 def header(benchmark: str, args: Namespace, *packages: str) -> dict:
     "Beginning of a card: what, when, with which versions and settings, where; before any work."
-    settings = {k: v for k, v in vars(args).items() if k not in ("output", "part")}
+    settings = {k: v for k, v in vars(args).items() if k not in HIDDEN}
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return dict(benchmark=benchmark, date=now, versions=versions("torch", *packages),
                 hardware=machine(), settings=dict(settings, seed=0))
@@ -156,7 +170,8 @@ def bounds(s: dict, form: str = ",.1f") -> str:
 
 
 def write(name: str, card: dict, table: str, output: Path | None) -> None:
-    "The card as JSON; without a path of its own, in the table of RESULTS.md too."
+    "Print the table, keep the card; without a path of its own, put both into their places."
+    print(table, flush=True)
     path = output or HERE / f"results/{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")

@@ -96,14 +96,10 @@ def options() -> argparse.ArgumentParser:
 
 
 def main():
-    parser = options()
-    args = parser.parse_args()
-    if min(args.processes, args.size, args.copies, args.repeats) < 1:
-        parser.error("all counts start at 1")
+    args = options().parse_args()
     torch.set_num_threads(1)
     card = measure(args)
     write("decode", card, table(card), args.output)
-    print(table(card))
 
 
 if __name__ == "__main__": main()

@@ -198,7 +198,7 @@ def table(card: dict) -> str:
 
 def options() -> argparse.ArgumentParser:
     parser = parser_of(
-        __doc__, batch=(64, "images in a batch"), steps=(6, "timed in each round"),
+        __doc__, batch=(64, "images in a batch", 2), steps=(6, "timed in each round"),
         skip=(2, "steps before them that do not count"), repeats=(9, "timed rounds"),
         workers=(2, "processes, for lightly"), threads=(machine()["cores"], "of torch"))
     parser.add_argument("--width", type=float, default=1.0, help="of the encoder (1)")
@@ -208,14 +208,10 @@ def options() -> argparse.ArgumentParser:
 
 
 def main():
-    parser = options()
-    args = parser.parse_args()
-    if min(args.steps, args.skip, args.repeats, args.workers, args.threads) < 1 or args.batch < 2:
-        parser.error("2 images or more, and other counts start at 1")
+    args = options().parse_args()
     torch.set_num_threads(args.threads)
     card = measure(args)
     write("end_to_end", card, table(card), args.output)
-    print(table(card))
 
 
 if __name__ == "__main__": main()

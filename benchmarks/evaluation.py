@@ -46,20 +46,17 @@ def table(card: dict) -> str:
 
 def options() -> argparse.ArgumentParser:
     return parser_of(
-        __doc__, small=(2_000, "points of the smaller map"), large=(10_000, "of the larger one"),
+        __doc__, small=(2_000, "points of the smaller map", 10),
+        large=(10_000, "of the larger one", 10),
         bank=(4_096, "images that vote, and as many that are asked"), dim=(512, "of the vectors"),
         repeats=(5, "timed runs of each"), threads=(machine()["cores"], "of torch"))
 
 
 def main():
-    parser = options()
-    args = parser.parse_args()
-    if min(args.small, args.large) < 10 or min(args.bank, args.dim, args.repeats) < 1:
-        parser.error("10 points or more, and other counts start at 1")
+    args = options().parse_args()
     torch.set_num_threads(args.threads)
     card = measure(args)
     write("evaluation", card, table(card), args.output)
-    print(table(card))
 
 
 if __name__ == "__main__": main()

@@ -84,21 +84,17 @@ def table(card: dict) -> str:
 
 def options() -> argparse.ArgumentParser:
     parser = parser_of(
-        __doc__, images=(50_000, "for training"), valid=(10_000, "for validation"),
+        __doc__, images=(50_000, "for training", 2), valid=(10_000, "for validation", 2),
         repeats=(7, "timed imports of each"))
     parser.add_argument("--part", choices=["memory"], help=argparse.SUPPRESS)
     return parser
 
 
 def main():
-    parser = options()
-    args = parser.parse_args()
-    if min(args.images, args.valid) < 2 or args.repeats < 1:
-        parser.error("2 images or more, and other counts start at 1")
+    args = options().parse_args()
     if args.part: return print(json.dumps(measure_memory(args)))
     card = measure(args)
     write("footprint", card, table(card), args.output)
-    print(table(card))
 
 
 if __name__ == "__main__": main()

@@ -70,11 +70,6 @@ def pieces_of(parser: ArgumentParser, out: str) -> ArgumentParser:
     return parser
 
 
-def wait(device: str) -> None:
-    "Until the device has done all that it was given."
-    if torch.device(device).type == "cuda": torch.cuda.synchronize()
-
-
 def bf16_rate(device: str) -> float:
     "bf16 operations per second of a large product of matrices, the peak that is compared with."
     return product_rate(torch.device(device).type, torch.bfloat16)

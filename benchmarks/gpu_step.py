@@ -18,8 +18,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from common import finish, header, parser_of, peak, spread, write
-from gpu_common import Piece, begun, bf16_rate, kept, pieces_of, wait
+from common import count, finish, header, parser_of, peak, spread, wait, write
+from gpu_common import Piece, begun, bf16_rate, kept, pieces_of
 from simclr_nb.augment import TwoViews, create_policy
 from simclr_nb.callback import auto_precision
 from simclr_nb.cost import PRECISIONS, count_encoder
@@ -31,8 +31,8 @@ from simclr_nb.microbatch import micro_batched
 from simclr_nb.optim import LARS
 
 SOURCES = ("random", "workers", "device")  # images, and where those of files are decoded
-COUNTS = dict(size=(224, "side of the views, in pixels"), micro=(256, "images in a micro-batch"),
-              repeats=(9, "timed steps of each case"), workers=(16, "processes for files"))
+COUNTS = dict(size=(224, "side of the views, in pixels"), micro=(256, "images in a micro-batch", 2),
+              repeats=(9, "timed steps of each case", 2), workers=(16, "processes for files"))
 
 
 def create_step(args: argparse.Namespace) -> Callable[[Tensor], None]:
@@ -149,7 +149,7 @@ def options() -> argparse.ArgumentParser:
     "Options of the script."
     parser = pieces_of(parser_of(__doc__, **COUNTS), "runs/gpu_step")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--batches", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096],
+    parser.add_argument("--batches", type=count(2), nargs="+", default=[256, 512, 1024, 2048, 4096],
                         help="images in a batch (256 512 1024 2048 4096)")
     parser.add_argument("--data", help="folder of JPEG files; random images alone without it")
     parser.add_argument("--arch", default="resnet50", help="encoder (resnet50)")
@@ -163,13 +163,11 @@ def options() -> argparse.ArgumentParser:
 def main():
     parser = options()
     args = parser.parse_args()
-    if min(*args.batches, args.micro, args.repeats) < 2: parser.error("all counts start at 2")
     if args.precision == "fp16": parser.error("fp16 needs a scaler of gradients: use bf16 or fp32")
     if args.precision == "auto": args.precision = auto_precision(args.device)
     torch.backends.cudnn.benchmark = True  # one size of images: the fastest convolution is sought
     card = measure(args, Piece(args.minutes))
     (args.out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    print(table(card), flush=True)
     write("gpu_step", card, table(card), args.output)
 
 

@@ -1,19 +1,18 @@
 """Seconds and memory of an exact k-NN vote: ours, tile by tile, beside lightly's.
 
-The same random vectors, of any length, in turns, in one run; all predictions must agree. The peak of
-memory is that of a process of its own, also for a bank that lightly's matrix would not suit.
+The same random vectors, of any length, in turns, in one run; all predictions must agree. The peak
+of memory is that of a process of its own, also for a bank that lightly's matrix would not suit.
 """
 import argparse
 import json
-import time
-from datetime import datetime, timezone
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (machine, own_process, parser_of, peak, product_rate, spread, steady, versions,
-                    write)
+from common import (bounds, closing, finish, header, machine, own_process, parser_of, peak,
+                    product_rate, rounds, timed, write)
 from simclr_nb.diagnose import knn_predict
 
 CLASSES, TEMPERATURE = 10, 0.1
@@ -57,48 +56,38 @@ def peak_of_process(name: str, bank: int, args: argparse.Namespace) -> dict:
 
 def measure(args: argparse.Namespace) -> dict:
     "The result card: what was measured, and all that is needed to judge and repeat it."
-    hardware, x = machine(), data(args.bank, args)
+    card, x = header("exact k-NN vote, seconds and MiB", args, "lightly"), data(args.bank, args)
+    card["settings"] |= dict(temperature=TEMPERATURE, classes=CLASSES, device="cpu")
     predicted = {name: vote(*x, args.k) for name, vote in VOTES.items()}
     agree = (predicted["ours"] == predicted["lightly"]).float().mean().item()
     if agree < 0.999: raise SystemExit(f"only {agree:.2%} of the predictions agree")
-    runs = {name: [] for name in VOTES}
-    for _ in range(args.repeats):
-        for name, vote in VOTES.items():
-            start = time.perf_counter()
-            vote(*x, args.k)
-            runs[name].append(round(time.perf_counter() - start, 4))
-    found = {name: spread(kept) for name, kept in runs.items()}
+    works = {name: partial(timed, partial(vote, *x, args.k)) for name, vote in VOTES.items()}
+    found = rounds(works, args.repeats)
     for name in VOTES: found[name]["peak_mib"] = peak_of_process(name, args.bank, args)["peak_mib"]
     flop, product = 2 * args.bank * args.queries * args.dim, product_rate()
-    settings = {k: v for k, v in vars(args).items() if k not in ("peak", "output")}
-    return dict(
-        benchmark="exact k-NN vote, seconds and MiB",
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        versions=versions("torch", "lightly"), hardware=hardware,
-        settings=dict(settings, temperature=TEMPERATURE, classes=CLASSES, device="cpu", seed=0),
-        agreement=agree, **found, ratio=round(found["lightly"]["median"] / found["ours"]["median"], 2),
+    return finish(dict(
+        card, agreement=agree, **found,
+        ratio=round(found["lightly"]["median"] / found["ours"]["median"], 2),
         large=dict(bank=args.large, **peak_of_process("ours", args.large, args)),
         limit=dict(product_gflop_per_s=round(product / 1e9, 1), seconds=round(flop / product, 3)),
-        share_of_limit=round(flop / product / found["ours"]["median"], 3),
-        steady=steady(*found.values()))
+        share_of_limit=round(flop / product / found["ours"]["median"], 3)), *found.values())
 
 
 def table(card: dict) -> str:
     "Markdown for people, from a card."
-    s, h, v, large, roof = (card[k] for k in ("settings", "hardware", "versions", "large", "limit"))
-    names = dict(ours="ours, tiled", lightly=f"lightly {v['lightly']}")
+    s, large, roof = (card[k] for k in ("settings", "large", "limit"))
+    names = dict(ours="ours, tiled", lightly=f"lightly {card['versions']['lightly']}")
+    what = (f"Bank {s['bank']:,}, queries {s['queries']:,}, D = {s['dim']}, k = {s['k']}, float32, "
+            f"{s['repeats']} runs of each. CPU threads: {s['threads']}.")
     lines = ["| | median s | lowest | highest | peak MiB |", "|---|---:|---:|---:|---:|"]
-    lines += [f"| {text} | " + " | ".join(f"{card[name][q]:.2f}" for q in ("median", "min", "max"))
-              + f" | {card[name]['peak_mib']:,.0f} |" for name, text in names.items()]
+    lines += [f"| {text} | {bounds(card[name], '.2f')} | {card[name]['peak_mib']:,.0f} |"
+              for name, text in names.items()]
     lines += [
-        "", f"**{card['ratio']}** times as fast as lightly; {card['agreement']:.2%} of the predictions "
-        f"agree. A bank of {large['bank']:,}: {large['seconds']:.1f} s, {large['peak_mib']:,.0f} MiB.",
-        f"Bank {s['bank']:,}, queries {s['queries']:,}, D = {s['dim']}, k = {s['k']}, float32, "
-        f"{s['repeats']} runs of each. CPU threads: {s['threads']}. {h['cpu']}, cores: {h['cores']}, "
-        f"load before the run: {h['load_before']}. torch {v['torch']}, {card['date'][:10]}.",
-        f"Roof: {roof['seconds']:.2f} s for the products alone at {roof['product_gflop_per_s']} GFLOP/s; "
-        f"ours reach {card['share_of_limit']:.0%} of it."]
-    if not card["steady"]: lines.append("**Disturbed: runs differ too much. Repeat it.**")
+        "", f"**{card['ratio']}** times as fast as lightly; {card['agreement']:.2%} of the "
+        f"predictions agree. A bank of {large['bank']:,}: {large['seconds']:.1f} s, "
+        f"{large['peak_mib']:,.0f} MiB.", *closing(card, what),
+        f"Roof: {roof['seconds']:.2f} s for the products alone at {roof['product_gflop_per_s']} "
+        f"GFLOP/s; ours reach {card['share_of_limit']:.0%} of it."]
     return "\n".join(lines) + "\n"
 
 
@@ -113,15 +102,11 @@ def options() -> argparse.ArgumentParser:
 
 
 def main():
-    parser = options()
-    args = parser.parse_args()
-    if min(vars(args)[k] for k in ("bank", "queries", "large", "dim", "k", "repeats", "threads")) < 1:
-        parser.error("all counts start at 1")
+    args = options().parse_args()
     torch.set_num_threads(args.threads)
     if args.peak: return print(json.dumps(measure_peak(args.peak, args.bank, args)))
     card = measure(args)
     write("knn", card, table(card), args.output)
-    print(table(card))
 
 
 if __name__ == "__main__": main()

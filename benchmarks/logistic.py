@@ -10,14 +10,14 @@ import sys
 import tempfile
 import time
 import warnings
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common import machine, parser_of, product_rate, spread, steady, versions, write
+from common import (bounds, closing, finish, header, machine, parser_of, product_rate, spread,
+                    write)
 from simclr_nb.data import clean_loader, simclr_dls
 from simclr_nb.diagnose import represent
 from simclr_nb.evaluate import random_encoder
@@ -139,7 +139,8 @@ def judge(h: Tensor, y: Tensor, runs: list[float], fits: dict, reference: dict) 
 
 def measure(args: argparse.Namespace) -> dict:
     "The result card: what was measured, and all that is needed to judge and repeat it."
-    hardware, begin = machine(), time.perf_counter()
+    card = header("logistic regression under 45 strengths of L2, seconds", args, "scikit-learn",
+                  "scipy", "numpy")
     h, y = features(args.images)
     runs, fits = runs_of_all(h, y, args)
     solvers = {name: judge(h, y, kept, fits[name], fits["ours"]) for name, kept in runs.items()}
@@ -152,49 +153,42 @@ def measure(args: argparse.Namespace) -> dict:
                     columns=h.shape[1], classes=int(y.max()) + 1, strengths=len(L2_STRENGTHS),
                     tol=args.tol, repeats=args.repeats, threads=args.threads,
                     processes=args.processes, dtype="float32", device="cpu", seed=0)
-    return dict(
-        benchmark="logistic regression under 45 strengths of L2, seconds",
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        versions=versions("torch", "scikit-learn", "scipy", "numpy"), hardware=hardware,
-        settings=settings, solvers=solvers, matched=matched, best_peer=best,
+    return finish(dict(
+        card, settings=settings, solvers=solvers, matched=matched, best_peer=best,
         ratio=round(other["median"] / own["median"], 2),
         ratio_fastest=round(solvers[fastest]["median"] / own["median"], 2),
         ratio_worst=round(other["min"] / own["max"], 2), limit=roof,
-        share_of_limit=round(roof["seconds"] / own["median"], 3),
-        steady=steady(*solvers.values()), seconds=round(time.perf_counter() - begin))
+        share_of_limit=round(roof["seconds"] / own["median"], 3)), *solvers.values())
 
 
 def table(card: dict) -> str:
     "Markdown for people, from a card."
-    s, h, v, roof = (card[k] for k in ("settings", "hardware", "versions", "limit"))
+    s, roof, version = card["settings"], card["limit"], card["versions"]["scikit-learn"]
     names = {"ours": "ours, float32"} | {
-        name: f"scikit-learn {v['scikit-learn']}, {dtype}{', warm starts' if warm else ''}"
+        name: f"scikit-learn {version}, {dtype}{', warm starts' if warm else ''}"
         for name, (dtype, warm) in PEERS.items()}
-    rows = [f"| {names[k]} | " + " | ".join(f"{x[q]:.1f}" for q in ("median", "min", "max"))
-            + f" | {x['largest_gradient']:.1e} | {x['agreement']:.1%} |"
-            for k, x in card["solvers"].items()]
+    rows = [f"| {names[k]} | {bounds(x, '.1f')} | {x['largest_gradient']:.1e} | "
+            f"{x['agreement']:.1%} |" for k, x in card["solvers"].items()]
+    what = (f"{s['images']:,} x {s['columns']} features, {s['classes']} classes, {s['strengths']} "
+            f"strengths, tolerance {s['tol']:g}, {s['repeats']} runs of each. Ours, threads: "
+            f"{s['threads']}; scikit-learn, processes: {s['processes']}.")
     lines = [
         "| seconds for all strengths | median | lowest | highest | gradient left | as ours |",
         "|---|---:|---:|---:|---:|---:|", *rows, "",
         f"Ratio of the medians, to the fastest of scikit-learn's that reach the tolerance: "
         f"**{card['ratio']}**. Our slowest run to its fastest: {card['ratio_worst']}. To the "
         f"fastest, whatever it leaves of the gradient: {card['ratio_fastest']}.",
-        f"{s['images']:,} x {s['columns']} features, {s['classes']} classes, {s['strengths']} "
-        f"strengths, tolerance {s['tol']:g}, {s['repeats']} runs of each. Ours, threads: "
-        f"{s['threads']}; scikit-learn, processes: {s['processes']}. {h['cpu']}, cores: "
-        f"{h['cores']}, load before the run: {h['load_before']}. torch {v['torch']}, "
-        f"{card['date'][:10]}.",
+        *closing(card, what),
         f"Roof: {roof['seconds']:.1f} s for {roof['flop'] / 1e9:,.0f} GFLOP of products at "
         f"{roof['product_gflop_per_s']} GFLOP/s; ours reach {card['share_of_limit']:.0%} of it."]
     if not card["matched"]: lines.append("**None of scikit-learn's reaches the tolerance.**")
-    if not card["steady"]: lines.append("**Disturbed: runs differ too much. Repeat it.**")
     return "\n".join(lines) + "\n"
 
 
 def options() -> argparse.ArgumentParser:
     cores = machine()["cores"]
     parser = parser_of(
-        __doc__, images=(10_000, "rows to fit to"), repeats=(3, "timed runs of each"),
+        __doc__, images=(10_000, "rows to fit to", 500), repeats=(3, "timed runs of each"),
         threads=(cores, "of torch, for ours"), processes=(cores, "of scikit-learn"))
     parser.add_argument("--tol", type=float, default=1e-4, help="of the gradient (0.0001)")
     for hidden, kind in dict(share=int, of=int, peer=str, folder=Path).items():
@@ -203,16 +197,12 @@ def options() -> argparse.ArgumentParser:
 
 
 def main():
-    parser = options()
-    args = parser.parse_args()
+    args = options().parse_args()
     if args.share is not None:
         return worker(args.folder, args.share, args.of, args.peer, args.tol)
-    if args.images < 500 or min(args.repeats, args.threads, args.processes) < 1:
-        parser.error("500 images or more, and other counts start at 1")
     torch.set_num_threads(args.threads)
     card = measure(args)
     write("logistic", card, table(card), args.output)
-    print(table(card))
 
 
 if __name__ == "__main__": main()

@@ -9,14 +9,13 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (machine, own_process, parser_of, peak, product_rate, rounds, steady, versions,
-                    write)
+from common import (closing, finish, header, machine, own_process, parser_of, peak, product_rate,
+                    rounds, wait, write)
 from simclr_nb.loss import nt_xent, tiled_nt_xent
 
 LOSSES = "ours", "dense", "in_place", "lightly", "pytorch_metric_learning"
@@ -62,12 +61,11 @@ def projections(n: int, args: argparse.Namespace, dtype=torch.float32) -> Tensor
 
 def step(loss: Callable, z: Tensor) -> tuple[float, Tensor, Tensor]:
     "Seconds of value and gradient together; both."
-    wait = torch.cuda.synchronize if z.is_cuda else lambda: None
-    wait()
+    wait(z.device)
     start = time.perf_counter()
     value = loss(z)
     gradient, = torch.autograd.grad(value, z)
-    wait()
+    wait(z.device)
     return time.perf_counter() - start, value.detach(), gradient
 
 
@@ -145,23 +143,19 @@ def ratios(losses: dict) -> dict:
 
 def measure(args: argparse.Namespace) -> dict:
     "The result card: what was measured, and all that is needed to judge and repeat it."
-    hardware, start = machine(), time.perf_counter()
+    card = header("NT-Xent with its gradient, seconds and MiB", args, "lightly",
+                  "pytorch-metric-learning")
     if faults := check(args): raise SystemExit("\n".join(faults))
     large = dict(images=args.large, **peak_of_process("ours", args.large, args))
     few = [name for name in LOSSES if name != "pytorch_metric_learning"]
     losses, small = losses_at(args.images, few, args), losses_at(args.small, LOSSES, args)
     roof = limit(args.images, args)
-    settings = {k: v for k, v in vars(args).items() if k not in ("peak", "check", "output")}
-    return dict(
-        benchmark="NT-Xent with its gradient, seconds and MiB",
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        versions=versions("torch", "lightly", "pytorch-metric-learning"),
-        hardware=hardware, settings=dict(settings, seed=0),
-        agreement=dict(CHECKED, tolerance=TOLERANCE), losses=losses, ratios=ratios(losses),
+    return finish(dict(
+        card, agreement=dict(CHECKED, tolerance=TOLERANCE), losses=losses, ratios=ratios(losses),
         small_losses=small, large=large,
         pytorch_metric_learning_gib=round(triples_bytes(args.images) / 2**30),
-        limit=roof, share_of_limit=round(roof["seconds"] / losses["ours"]["median"], 3),
-        steady=steady(*losses.values()), seconds=round(time.perf_counter() - start))
+        limit=roof, share_of_limit=round(roof["seconds"] / losses["ours"]["median"], 3)),
+        *losses.values())
 
 
 def rows(losses: dict, card: dict) -> list[str]:
@@ -176,32 +170,30 @@ def rows(losses: dict, card: dict) -> list[str]:
 
 def table(card: dict) -> str:
     "Markdown for people, from a card."
-    s, h, v, r, large = (card[k] for k in ("settings", "hardware", "versions", "ratios", "large"))
-    roof, head = card["limit"], "median ms | lowest | highest | peak MiB |\n|---|---:|---:|---:|---:|"
+    s, r, large, roof = (card[k] for k in ("settings", "ratios", "large", "limit"))
+    head = "median ms | lowest | highest | peak MiB |\n|---|---:|---:|---:|---:|"
+    what = (f"D = {s['dim']}, temperature {s['temperature']}, float32, {s['repeats']} runs of "
+            f"each. {s['device']}, threads: {s['threads']}.")
     lines = [
         f"| {s['images']:,} images | {head}", *rows(card["losses"], card), "",
         f"| {s['small']:,} images | {head}", *rows(card["small_losses"], card), "",
         f"Against lightly: **{r['lightly']['time']}** times as fast with "
         f"**{r['lightly']['memory']}** times less memory; against in-place `cross_entropy`: "
-        f"**{r['in_place']['time']}** and {r['in_place']['memory']} times. Our slowest run to their "
-        f"fastest: {r['lightly']['time_worst']} and {r['in_place']['time_worst']}.",
-        f"{large['images']:,} images, ours: {large['seconds']:.1f} s, {large['peak_mib']:,.0f} MiB. "
-        f"pytorch-metric-learning would ask for {card['pytorch_metric_learning_gib']:,} GiB at "
-        f"{s['images']:,} images.",
-        f"D = {s['dim']}, temperature {s['temperature']}, float32, {s['repeats']} runs of each. "
-        f"{s['device']}, threads: {s['threads']}. {h['cpu']}, cores: {h['cores']}, load before the "
-        f"run: {h['load_before']}, GPU: {h['gpu'] or 'none'}. torch {v['torch']}, "
-        f"{card['date'][:10]}.",
+        f"**{r['in_place']['time']}** and {r['in_place']['memory']} times. Our slowest run to "
+        f"their fastest: {r['lightly']['time_worst']} and {r['in_place']['time_worst']}.",
+        f"{large['images']:,} images, ours: {large['seconds']:.1f} s, "
+        f"{large['peak_mib']:,.0f} MiB. pytorch-metric-learning would ask for "
+        f"{card['pytorch_metric_learning_gib']:,} GiB at {s['images']:,} images.",
+        *closing(card, what),
         f"Roof: {1e3 * roof['seconds']:,.0f} ms for {roof['flop'] / 1e9:,.1f} GFLOP of products at "
         f"{roof['product_gflop_per_s']} GFLOP/s; ours reach {card['share_of_limit']:.0%} of it."]
-    if not card["steady"]: lines.append("**Disturbed: runs differ too much. Repeat it.**")
     return "\n".join(lines) + "\n"
 
 
 def options() -> argparse.ArgumentParser:
     parser = parser_of(
-        __doc__, images=(4096, "in a batch, for all but pytorch-metric-learning"),
-        small=(128, "in a batch, for all"), large=(32_768, "in a batch, for ours alone"),
+        __doc__, images=(4096, "in a batch, for all but pytorch-metric-learning", 2),
+        small=(128, "in a batch, for all", 2), large=(32_768, "in a batch, for ours alone", 2),
         dim=(128, "width of the projections"), repeats=(9, "timed runs of each"),
         threads=(machine()["cores"], "of torch"))
     parser.add_argument("--temperature", type=float, default=0.5, help="of the softmax (0.5)")
@@ -213,10 +205,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def main():
-    parser = options()
-    args = parser.parse_args()
-    if min(args.images, args.small, args.large) < 2 or min(args.repeats, args.threads) < 1:
-        parser.error("2 images or more, and other counts start at 1")
+    args = options().parse_args()
     torch.set_num_threads(args.threads)
     if args.peak: return print(json.dumps(measure_peak(args.peak, args.images, args)))
     if args.check:
@@ -225,7 +214,6 @@ def main():
         sys.exit(bool(faults))
     card = measure(args)
     write("loss", card, table(card), args.output)
-    print(table(card))
 
 
 if __name__ == "__main__": main()

@@ -1,5 +1,6 @@
 "What others would write, for benchmarks to compare with."
 import random
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 import torchvision.transforms as T
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -57,6 +58,12 @@ class Transformed(Dataset):
         if isinstance(image, str): image = Image.open(image).convert("RGB")
         elif self.transform.takes_pillow: image = to_pil_image(image)
         return self.transform(image)
+
+
+def one_by_one(transform: Callable, images: Sequence, args: Namespace) -> DataLoader:
+    "Batches of views that workers make, who stay alive from pass to pass."
+    return DataLoader(Transformed(images, transform), args.batch, shuffle=True, drop_last=True,
+                      num_workers=args.workers, persistent_workers=True)
 
 
 class Twice:

@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 from common import bounds, closing, finish, header, machine, parser_of, rate, rounds, write
 from decode import SAMPLE, photos
-from peers import Transformed, lightly_views, solo_views, torchvision_views
+from peers import lightly_views, one_by_one, solo_views, torchvision_views
 from simclr_nb.augment import TwoViews, paper_policy
 from simclr_nb.files import ImageFiles
 from simclr_nb.fused import compiled_views
@@ -25,14 +24,9 @@ WAYS = dict(ours="ours, compiled", eager="ours, operators", crops="ours, decoded
 DIFFERENCES = (
     "Alike: probabilities and ranges of crop, flip, colours and blur; no normalisation. Workers of "
     "ours decode and crop, the main process does the rest in batches of floats, and keeps its "
-    "memory; those of the others do all. lightly and solo-learn use Pillow in 8 bits, and its blur, "
-    "an approximation by boxes; solo-learn resizes by a cubic; torchvision works on 8-bit tensors.")
-
-
-def one_by_one(transform: Callable, paths: list[str], args: argparse.Namespace) -> Iterable:
-    "Batches of views that workers make."
-    return DataLoader(Transformed(paths, transform), args.batch, shuffle=True, drop_last=True,
-                      num_workers=args.workers, persistent_workers=True)
+    "memory; those of the others do all. lightly and solo-learn use Pillow in 8 bits, and its "
+    "blur, an approximation by boxes; solo-learn resizes by a cubic; torchvision works on 8-bit "
+    "tensors.")
 
 
 def passes(args: argparse.Namespace) -> dict[str, Callable[[], Iterable]]:
@@ -92,8 +86,9 @@ def table(card: dict) -> str:
              "|---|---:|---:|---:|---:|"]
     lines += [f"| {WAYS[name]} | {bounds(speed, ',.0f')} | {ratios[name]} |"
               for name, speed in card["speeds"].items()]
-    what = (f"{s['folder']}, {s['size']} px, {card['images_timed']:,} photos a pass, {s['repeats']} "
-            f"passes, batches of {s['batch']}, workers: {s['workers']}, threads: {s['threads']}.")
+    what = (f"{s['folder']}, {s['size']} px, {card['images_timed']:,} photos a pass, "
+            f"{s['repeats']} passes, batches of {s['batch']}, workers: {s['workers']}, threads: "
+            f"{s['threads']}.")
     roof = (f"Colours and blur alone: {card['views_alone']:,.0f} images/s; after decoding and "
             f"cropping, on the same cores, {card['limit']:,.0f}. Ours reach "
             f"{card['share_of_limit']:.0%} of that.")
@@ -107,11 +102,8 @@ def main():
         threads=(1, "of torch, in the main process, beside the workers"))
     parser.add_argument("--folder", default=SAMPLE, help="JPEG files (the sample of ImageNet)")
     args = parser.parse_args()
-    if min(args.copies, args.repeats, args.batch, args.workers, args.threads) < 1:
-        parser.error("counts start at 1")
     card = measure(args)
     write("photos", card, table(card), args.output)
-    print(table(card))
 
 
 if __name__ == "__main__": main()

@@ -8,17 +8,15 @@ counts what is held; what the library keeps by default is noted beside.
 import argparse
 import gc
 import json
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from datetime import datetime, timezone
 from statistics import fmean
 
 import torch
 
-from common import (GIVE_BACK, machine, own_process, parser_of, peak, spread, steady, versions,
-                    write)
+from common import (GIVE_BACK, closing, finish, header, machine, own_process, parser_of, peak,
+                    spread, timed, write)
 from simclr_nb.augment import TwoViews, create_policy
 from simclr_nb.cost import PRECISIONS
 from simclr_nb.encoder import create_encoder, encoder_stem
@@ -78,12 +76,8 @@ def peaks(name: str, args: argparse.Namespace) -> dict:
 
 def seconds(name: str, args: argparse.Namespace) -> dict:
     "Seconds of each of some steps, after two to warm up."
-    step, runs = create_step(STEPS[name], STEPS[name].batch), []
-    for _ in range(2 + args.repeats):
-        start = time.perf_counter()
-        step()
-        runs.append(round(time.perf_counter() - start, 4))
-    return spread(runs[2:])
+    step = create_step(STEPS[name], STEPS[name].batch)
+    return spread([timed(step) for _ in range(2 + args.repeats)][2:])
 
 
 def compare(name: str, args: argparse.Namespace) -> dict:
@@ -103,14 +97,9 @@ def compare(name: str, args: argparse.Namespace) -> dict:
 
 def measure(args: argparse.Namespace) -> dict:
     "The result card: what was measured, and all that is needed to judge and repeat it."
-    hardware, start = machine(), time.perf_counter()
+    card = header("training steps, predicted and measured seconds and MiB", args)
     steps = {name: compare(name, args) for name in STEPS}
-    return dict(
-        benchmark="Training steps: predicted and measured seconds and MiB",
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"), versions=versions("torch"),
-        hardware=hardware, settings=dict(repeats=args.repeats, threads=args.threads, seed=0),
-        steps=steps, steady=steady(*(s["seconds"] for s in steps.values())),
-        seconds=round(time.perf_counter() - start))
+    return finish(dict(card, steps=steps), *(s["seconds"] for s in steps.values()))
 
 
 def row(name: str, step: dict) -> str:
@@ -128,14 +117,12 @@ def row(name: str, step: dict) -> str:
 
 def table(card: dict) -> str:
     "Markdown for people, from a card."
-    s, h, v = (card[k] for k in ("settings", "hardware", "versions"))
+    s = card["settings"]
+    what = f"{s['repeats']} steps of each, threads: {s['threads']}."
     lines = [
         "| a training step | s predicted | s measured | lowest | highest | ratio | MiB predicted | "
         "MiB held | ratio | MiB by default |", "|---|" + "---:|" * 9,
-        *(row(name, step) for name, step in card["steps"].items()), "",
-        f"{s['repeats']} steps of each, threads: {s['threads']}. {h['cpu']}, cores: {h['cores']}, "
-        f"load before the run: {h['load_before']}. torch {v['torch']}, {card['date'][:10]}."]
-    if not card["steady"]: lines.append("**Disturbed: runs differ too much. Repeat it.**")
+        *(row(name, step) for name, step in card["steps"].items()), "", *closing(card, what)]
     return "\n".join(lines) + "\n"
 
 
@@ -147,14 +134,11 @@ def options() -> argparse.ArgumentParser:
 
 
 def main():
-    parser = options()
-    args = parser.parse_args()
-    if min(args.repeats, args.threads) < 1: parser.error("all counts start at 1")
+    args = options().parse_args()
     torch.set_num_threads(args.threads)
     if args.peak: return print(json.dumps(measure_peak(args.peak)))
     card = measure(args)
     write("plan", card, table(card), args.output)
-    print(table(card))
 
 
 if __name__ == "__main__": main()

@@ -128,9 +128,9 @@ def table(card: dict) -> str:
 
 def options() -> argparse.ArgumentParser:
     parser = parser_of(
-        __doc__, least=(256, "images of the smallest loss"), most=(32_768, "of the largest"),
+        __doc__, least=(256, "images of the smallest loss", 2), most=(32_768, "of the largest", 2),
         gib=(8, "GiB that lightly's loss may ask for"), dim=(128, "width of the projections"),
-        batch=(32, "images of a step"), inner=(5, "steps of a process, in each round"),
+        batch=(32, "images of a step", 2), inner=(5, "steps of a process, in each round"),
         repeats=(5, "timed rounds"), threads=(machine()["cores"], "of torch"))
     parser.add_argument("--width", type=float, default=1.0, help="of the encoder (1)")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
@@ -138,17 +138,13 @@ def options() -> argparse.ArgumentParser:
 
 
 def main():
-    parser = options()
-    args = parser.parse_args()
-    if min(args.least, args.most, args.batch) < 2 or min(args.repeats, args.inner) < 1:
-        parser.error("2 images or more, and other counts start at 1")
+    args = options().parse_args()
     torch.set_num_threads(args.threads)
     if args.part:
         found = launch(own_steps, args.batch, args.width, args.repeats, processes=args.part)
         return print(json.dumps([max(times) for times in zip(*found)]))
     card = measure(args)
     write("scaling", card, table(card), args.output)
-    print(table(card))
 
 
 if __name__ == "__main__": main()
