@@ -65,7 +65,7 @@ NORMALIZATION = {  # side of the views to mean and standard deviation of the cha
     128: ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
 }
 
-# %% ../nbs/14_amdim.ipynb #4c70ae42
+# %% ../nbs/14_amdim.ipynb #a94770cb
 def _way_down(size: int, ndf: int, depth: int, use_bn: bool, zero_init_last: bool) -> nn.Sequential:
     "From the image to the 7 x 7 map."
     options, n = dict(batch_norm=use_bn, zero_init_last=zero_init_last), ndf
@@ -81,16 +81,22 @@ def _way_down(size: int, ndf: int, depth: int, use_bn: bool, zero_init_last: boo
     return nn.Sequential(*start, *blocks, last)
 
 
+def _local_dim(size: int, ndf: int) -> int:
+    "Channels of local features."
+    return (4 if size == 32 else 8) * ndf
+
+
 def _check_sizes(size: int, ndf: int, n_rkhs: int, n_depth: int) -> None:
     "Refuse what cannot be built."
     if size not in NORMALIZATION:
-        raise ValueError(f"AMDIM knows views of 32, 64 and 128 pixels, got {size}")
+        known = "AMDIM knows views of 32, 64 and 128 pixels"
+        raise ValueError(f"{known}, got {size}: say simclr_dls(size=...)")
     if min(ndf, n_rkhs, n_depth) < 1:
         raise ValueError(f"ndf, n_rkhs and n_depth must be at least 1, got {ndf, n_rkhs, n_depth}")
-    least = (4 if size == 32 else 8) * ndf
+    least = _local_dim(size, ndf)
     if n_rkhs < least: raise ValueError(f"n_rkhs must be at least {least}, got {n_rkhs}")
 
-# %% ../nbs/14_amdim.ipynb #3f5cf16f
+# %% ../nbs/14_amdim.ipynb #86ccbd8a
 class AMDIMEncoder(nn.Module):
     "Encoder with features of one position, of 5 x 5 and of 7 x 7; or `ValueError`."
 
@@ -112,7 +118,7 @@ class AMDIMEncoder(nn.Module):
             self.register_buffer(name, value, persistent=False)
         self.config = dict(arch=f"amdim/{ndf}-{n_rkhs}-{n_depth}", size=size, use_bn=use_bn,
                            mean=[float(v) for v in mean], std=[float(v) for v in std])
-        self.size, self.out_dim, self.local_dim = size, n_rkhs, (4 if size == 32 else 8) * ndf
+        self.size, self.out_dim, self.local_dim = size, n_rkhs, _local_dim(size, ndf)
         options, m = dict(batch_norm=use_bn, zero_init_last=zero_init_last), self.local_dim
         self.to_7 = _way_down(size, ndf, n_depth, use_bn, zero_init_last)
         self.to_5 = _block(m, m, 3, 1, n_depth, **options)

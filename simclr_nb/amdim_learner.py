@@ -46,7 +46,7 @@ class AMDIMLearner(SimCLRLearner):
         schedule = ScheduleCallback(lr, epochs / 10, warmup_steps, schedule)
         _fit(self, epochs, schedule, cbs, checkpoints, resume)
 
-# %% ../nbs/14b_amdim_learner.ipynb #559a04a6
+# %% ../nbs/14b_amdim_learner.ipynb #0ad69e31
 def amdim_encoder(
     arch: str | nn.Module,  # "amdim/NDF-RKHS-DEPTH", or an encoder as it is
     size: int | None,  # Side of the views, in pixels
@@ -56,11 +56,9 @@ def amdim_encoder(
     if isinstance(arch, nn.Module): return arch
     if not arch.startswith("amdim/"):
         raise ValueError(f"AMDIM needs an encoder amdim/NDF-RKHS-DEPTH, got {arch!r}")
-    if size in (32, 64, 128): return create_encoder(arch, size=size, **options)
-    known = "AMDIM knows views of 32, 64 and 128 px"
-    raise ValueError(f"{known}, got {size}: say simclr_dls(size=...)")
+    return create_encoder(arch, size=size, **options)
 
-# %% ../nbs/14b_amdim_learner.ipynb #d7a87040
+# %% ../nbs/14b_amdim_learner.ipynb #cb0ff035
 def amdim_learner(
     dls: DataLoaders,  # From `simclr_dls`, of size 32, 64 or 128
     arch: str | nn.Module = "amdim/32-256-2",  # "amdim/NDF-RKHS-DEPTH", or an `AMDIMEncoder`
@@ -76,7 +74,7 @@ def amdim_learner(
     betas: tuple[float, float] = (0.8, 0.999),  # Of Adam's averages
     precision: str = "auto",  # "bf16", "fp16", "fp32", or as suits the device
     micro_batch: int | None = None,  # Images whose activations are held at a time; all by default
-    compiled: bool = False,  # Compile the encoder by `torch.compile`
+    compiled: bool = False,  # Compile encoder and views by `torch.compile`
     **kwargs,  # For fastai's `Learner`: `opt_func`, `cbs`, `path`, ...
 ) -> AMDIMLearner:
     "Learner that pretrains by AMDIM (Bachman et al., 2019); raises `ValueError` or `TypeError`."
