@@ -1,8 +1,10 @@
 """Images per second of pretraining on CIFAR-10 in memory, from uint8 images to updated weights.
 
 In turns, in one run: the loop that lightly documents, a bare loop of our parts, `learn.pretrain`
-with the very same parts, and that compiled. The same images, batch, network, head, loss, optimiser
-and learning rate, all in fp32.
+with the very same parts, that compiled, and that in the precision it takes by itself; all others in
+fp32. The same images, batch, network, head, loss, optimiser and learning rate. Two networks:
+ResNet-18 with the stem of torchvision, which lightly's documentation takes also for small images,
+and with the stem for small images, which costs fifteen times the multiplications.
 """
 import argparse
 import io
@@ -21,6 +23,7 @@ from common import (bounds, closing, finish, header, machine, parser_of, product
 from peers import Transformed, lightly_views, peer, torchvision_encoder
 from simclr_nb.arrays import ImageArrays, load_arrays
 from simclr_nb.augment import TwoViews
+from simclr_nb.cost import count_step
 from simclr_nb.data import SimCLRDataLoaders, Source, cifar10_source, simclr_dls
 from simclr_nb.encoder import create_encoder
 from simclr_nb.head import SimCLR, projection_head
@@ -28,15 +31,16 @@ from simclr_nb.learner import simclr_learner
 from simclr_nb.loss import NTXent
 from simclr_nb.optim import create_optimizer
 from simclr_nb.processes import kept_memory
-from step import flop
 
 ARCH, SIZE, LR, AHEAD = "resnet18", 32, 0.05, 2  # batches that each worker prepares ahead
 LOOPS = dict(lightly="lightly's documented loop", bare="bare loop of our parts",
-             pretrain="`learn.pretrain`", compiled="`learn.pretrain`, compiled")
+             pretrain="`learn.pretrain`", compiled="`learn.pretrain`, compiled",
+             auto="`learn.pretrain`, precision by itself")
+STEMS = dict(imagenet="documented", cifar="small")  # and the option with the batch
 
 
-def passes(batches: Iterable, step: Callable, args: argparse.Namespace) -> float:
-    """Images per second of the timed steps of a pass.
+def passes(batches: Iterable, step: Callable, n: int, args: argparse.Namespace) -> float:
+    """Images per second of the timed steps of a pass over batches of n images.
 
     The first steps do not count. Nor does what workers have prepared ahead: as many batches are
     ready at the end as at the start of the timed steps, and are then thrown away.
@@ -45,25 +49,25 @@ def passes(batches: Iterable, step: Callable, args: argparse.Namespace) -> float
         if i <= args.skip + args.steps: step(batch)
         if i == args.skip: start = perf_counter()
         if i == args.skip + args.steps: seconds = perf_counter() - start
-    return round(args.steps * args.batch / seconds, 2)
+    return round(args.steps * n / seconds, 2)
 
 
 class Lightly:
     "The loop of lightly's documentation: images one by one in workers, a forward pass per view."
 
-    def __init__(self, images: torch.Tensor, width: float, args: argparse.Namespace):
-        (encoder, dim), heads = torchvision_encoder(ARCH, width), peer("lightly.models.modules")
+    def __init__(self, images: torch.Tensor, stem: str, batch: int, args: argparse.Namespace):
+        (encoder, dim), heads = torchvision_encoder(ARCH, 1, stem), peer("lightly.models.modules")
         self.model = nn.Sequential(encoder, heads.SimCLRProjectionHead(dim, dim, 128))
         self.loss = peer("lightly.loss").NTXentLoss(temperature=0.5)
         self.opt = torch.optim.SGD(self.model.parameters(), LR, momentum=0.9, nesterov=True)
         views = Transformed(list(images), lightly_views(SIZE))
-        ahead = AHEAD * args.workers * args.batch
+        ahead = AHEAD * args.workers * batch
         self.batches = DataLoader(
-            views, args.batch, drop_last=True, num_workers=args.workers, prefetch_factor=AHEAD,
+            views, batch, drop_last=True, num_workers=args.workers, prefetch_factor=AHEAD,
             sampler=RandomSampler(views, num_samples=len(images) + ahead), persistent_workers=True)
-        self.args = args
+        self.args = batch, args
 
-    def __call__(self) -> float: return passes(self.batches, self.step, self.args)
+    def __call__(self) -> float: return passes(self.batches, self.step, *self.args)
 
     def step(self, batch: list) -> None:
         x1, x2 = batch
@@ -75,15 +79,14 @@ class Lightly:
 class Bare:
     "Our loader, views, network, loss and optimiser without fastai's loop."
 
-    def __init__(self, dls: SimCLRDataLoaders, width: float, args: argparse.Namespace):
-        encoder = create_encoder(ARCH, width, "cifar")
-        model = SimCLR(encoder, projection_head(encoder.out_dim, batch_norm=True))
-        self.model, self.args = model.to(memory_format=torch.channels_last), args
+    def __init__(self, dls: SimCLRDataLoaders, stem: str, args: argparse.Namespace):
+        model = create_model(stem)
+        self.model, self.args = model.to(memory_format=torch.channels_last), (dls.train.bs, args)
         self.batches, self.views, self.loss = dls.train, TwoViews(dls.policy), NTXent()
         self.opt = create_optimizer("sgd", model.parameters(), LR)
 
     def __call__(self) -> float:
-        with kept_memory(): return passes(self.batches, self.step, self.args)  # as in `pretrain`
+        with kept_memory(): return passes(self.batches, self.step, *self.args)  # as in `pretrain`
 
     def step(self, batch: tuple) -> None:
         x = self.views(batch[0].as_subclass(torch.Tensor))
@@ -105,33 +108,41 @@ class Ends(Callback):
 class Pretrain:
     "`learn.pretrain`; its steps, not its start, validation and table."
 
-    def __init__(self, dls: SimCLRDataLoaders, width: float, args, compiled: bool = False):
+    def __init__(self, dls: SimCLRDataLoaders, stem: str, args, precision="fp32", compiled=False):
         self.ends, self.args = Ends(), args
-        self.learn = simclr_learner(dls, ARCH, width, optimizer="sgd", batch_norm=True,
-                                    precision="fp32", compiled=compiled, cbs=self.ends)
+        self.learn = simclr_learner(dls, ARCH, stem=stem, optimizer="sgd", batch_norm=True,
+                                    precision=precision, compiled=compiled, cbs=self.ends)
 
     def __call__(self) -> float:
         with redirect_stdout(io.StringIO()): self.learn.pretrain(1, LR, "none", warmup_epochs=0)
         first, last = self.ends.times[self.args.skip - 1], self.ends.times[-1]
-        return round(self.args.steps * self.args.batch / (last - first), 2)
+        return round(self.args.steps * self.learn.dls.train.bs / (last - first), 2)
 
 
-def loaders(images: torch.Tensor, args: argparse.Namespace) -> SimCLRDataLoaders:
+def create_model(stem: str) -> SimCLR:
+    "Our network, as `simclr_learner` makes it with these options."
+    encoder = create_encoder(ARCH, stem=stem)
+    return SimCLR(encoder, projection_head(encoder.out_dim, batch_norm=True))
+
+
+def loaders(images: torch.Tensor, batch: int) -> SimCLRDataLoaders:
     "Our loaders of these images, without labels; the validation set is as small as may be."
     arrays = ImageArrays(images, torch.full((len(images),), -1))
-    return simclr_dls(Source("cifar10", arrays, arrays), SIZE, args.batch, "cifar", n_valid=2,
+    return simclr_dls(Source("cifar10", arrays, arrays), SIZE, batch, "cifar", n_valid=2,
                       seed=0, device="cpu", progress=False)
 
 
-def speeds(images: torch.Tensor, names: Iterable[str], width: float, args) -> dict:
-    "Images per second of some loops, in turns."
-    dls = loaders(images, args)
-    create = dict(
-        lightly=lambda: Lightly(images, width, args), bare=lambda: Bare(dls, width, args),
-        pretrain=lambda: Pretrain(dls, width, args),
-        compiled=lambda: Pretrain(loaders(images, args), width, args, compiled=True))
+def speeds(images: torch.Tensor, stem: str, batch: int, args: argparse.Namespace) -> dict:
+    "Images per second of the loops, in turns."
+    images = images[:(args.skip + args.steps) * batch]
+
+    def pretrain(**options) -> Pretrain:
+        return Pretrain(loaders(images, batch), stem, args, **options)
     torch.manual_seed(0)
-    works = {name: create[name]() for name in names}
+    torch.compiler.reset()
+    works = dict(
+        lightly=Lightly(images, stem, batch, args), bare=Bare(loaders(images, batch), stem, args),
+        pretrain=pretrain(), compiled=pretrain(compiled=True), auto=pretrain(precision="auto"))
     sizes = [sum(p.numel() for p in getattr(work, "learn", work).model.parameters())
              for work in works.values()]
     if max(sizes) - min(sizes) > 128:  # the shifts of lightly's last BatchNorm
@@ -139,10 +150,10 @@ def speeds(images: torch.Tensor, names: Iterable[str], width: float, args) -> di
     return rounds(works, args.repeats)
 
 
-def overhead(loops: dict, args: argparse.Namespace) -> dict:
+def overhead(loops: dict, batch: int) -> dict:
     "Time of `learn.pretrain` besides that of the bare loop: medians of rounds."
     pairs = list(zip(loops["bare"]["runs"], loops["pretrain"]["runs"]))
-    extra = [args.batch * (1 / b - 1 / a) for a, b in pairs]
+    extra = [batch * (1 / b - 1 / a) for a, b in pairs]
     return dict(share=round(median(a / b for a, b in pairs) - 1, 4),
                 ms_per_step=round(1e3 * median(extra), 2))
 
@@ -155,56 +166,66 @@ def ratios(loops: dict) -> dict:
             for name, loop in loops.items() if name != "lightly"}
 
 
+def flop_per_image(stem: str, batch: int) -> float:
+    "Operations for an image: two views through the network and back, its share of the loss."
+    with torch.device("meta"): count = count_step(create_model(stem), SIZE)
+    return 2 * count.flops() + 4 * 4 * batch * count.dims[1]
+
+
+def network(images: torch.Tensor, stem: str, args: argparse.Namespace) -> dict:
+    "What is measured with one stem; and the roof of products alone, in fp32."
+    batch, before = getattr(args, STEMS[stem]), product_rate()
+    loops, product = speeds(images, stem, batch, args), max(before, product_rate())
+    roof = product / flop_per_image(stem, batch)
+    best = max(loops[name]["median"] for name in ("bare", "pretrain", "compiled"))
+    limit = dict(product_gflop_per_s=round(product / 1e9, 1), images_per_s=round(roof, 1))
+    return dict(batch=batch, loops=loops, ratios=ratios(loops), overhead=overhead(loops, batch),
+                limit=limit, share_of_limit=round(best / roof, 3))
+
+
 def measure(args: argparse.Namespace) -> dict:
     "The result card: what was measured, and all that is needed to judge and repeat it."
     card = header("pretraining, images/s", args, "torchvision", "lightly", "fastai", "pillow")
-    n = (args.skip + args.steps) * args.batch
+    n = (args.skip + args.steps) * max(getattr(args, option) for option in STEMS.values())
     images = load_arrays(cifar10_source().train[:n], [-1] * n, False).images
-    loops = speeds(images, LOOPS, args.width, args)
-    small = speeds(images, ("bare", "pretrain"), args.small, args)
-    work, product = flop(ARCH, args.batch, args.width, SIZE) / args.batch, product_rate()
-    roof = dict(product_gflop_per_s=round(product / 1e9, 1), images_per_s=round(product / work, 1))
-    best = max(loop["median"] for loop in loops.values())
-    return finish(dict(
-        card, loops=loops, small=small, ratios=ratios(loops), overhead=overhead(loops, args),
-        small_overhead=overhead(small, args), limit=roof,
-        share_of_limit=round(best * work / product, 3)), *loops.values(), *small.values())
+    networks = {stem: network(images, stem, args) for stem in STEMS}
+    return finish(dict(card, networks=networks),
+                  *(loop for found in networks.values() for loop in found["loops"].values()))
 
 
-def rows(loops: dict, card: dict) -> list[str]:
-    "Of the table, one for each loop."
-    names = dict(LOOPS, lightly=f"{LOOPS['lightly']}, {card['versions']['lightly']}")
-    ratio = {k: r["median"] for k, r in card["ratios"].items()} if "lightly" in loops else {}
-    return [f"| {names[k]} | {bounds(s)} | {ratio.get(k, '')} |" for k, s in loops.items()]
+def rows(stem: str, found: dict, version: str) -> list[str]:
+    "A table of one network, and what is to be said of it."
+    lost, roof = found["overhead"], found["limit"]
+    names = dict(LOOPS, lightly=f"{LOOPS['lightly']}, {version}")
+    ratio = {k: r["median"] for k, r in found["ratios"].items()}
+    return [
+        f"| images/s, {ARCH}, {stem} stem, batch {found['batch']} | median | lowest | highest | "
+        "to lightly |", "|---|" + "---:|" * 4,
+        *(f"| {names[k]} | {bounds(s)} | {ratio.get(k, '')} |" for k, s in found["loops"].items()),
+        "", f"`learn.pretrain` takes longer than the bare loop by **{lost['share']:.1%}**, "
+        f"{lost['ms_per_step']:.1f} ms a step; medians over rounds. Roof in fp32: "
+        f"{roof['images_per_s']:,} images/s for the products of the network alone at "
+        f"{roof['product_gflop_per_s']} GFLOP/s; the fastest loop in fp32 reaches "
+        f"{found['share_of_limit']:.0%} of it.", ""]
 
 
 def table(card: dict) -> str:
     "Markdown for people, from a card."
-    s, roof = card["settings"], card["limit"]
-    head, line = "images/s, {} x {:g} | median | lowest | highest | to lightly |", "---:|" * 4
-    lost = [f"**{o['share']:.1%}** at width {w:g}, {o['ms_per_step']:.1f} ms a step"
-            for w, o in ((s["width"], card["overhead"]), (s["small"], card["small_overhead"]))]
-    what = (f"CIFAR-10, batches of {s['batch']}, {s['steps']} steps a round after {s['skip']} that "
-            f"do not count, {s['repeats']} rounds. SGD, fp32. Threads: {s['threads']}, lightly's "
-            f"workers: {s['workers']}.")
-    return "\n".join([
-        f"| {head.format(ARCH, s['width'])}", f"|---|{line}", *rows(card["loops"], card), "",
-        f"| {head.format(ARCH, s['small'])}", f"|---|{line}", *rows(card["small"], card), "",
-        f"`learn.pretrain` takes longer than the bare loop by {' and '.join(lost)}; medians.",
-        f"Roof: {roof['images_per_s']:,} images/s for the products of the network alone at "
-        f"{roof['product_gflop_per_s']} GFLOP/s; the fastest loop reaches "
-        f"{card['share_of_limit']:.0%} of it.", *closing(card, what)]) + "\n"
+    s, version = card["settings"], card["versions"]["lightly"]
+    lines = [line for part in card["networks"].items() for line in rows(*part, version)]
+    what = (f"CIFAR-10, {s['steps']} steps a round after {s['skip']} that do not count, "
+            f"{s['repeats']} rounds. SGD. Threads: {s['threads']}, lightly's workers: "
+            f"{s['workers']}.")
+    return "\n".join([*lines, *closing(card, what)]) + "\n"
 
 
 def options() -> argparse.ArgumentParser:
-    parser = parser_of(
-        __doc__, batch=(64, "images in a batch", 2), steps=(6, "timed in each round"),
-        skip=(2, "steps before them that do not count"), repeats=(9, "timed rounds"),
-        workers=(2, "processes, for lightly"), threads=(machine()["cores"], "of torch"))
-    parser.add_argument("--width", type=float, default=1.0, help="of the encoder (1)")
-    parser.add_argument("--small", type=float, default=0.25,
-                        help="of another that makes fastai's share visible (0.25)")
-    return parser
+    return parser_of(
+        __doc__, documented=(256, "images in a batch, with torchvision's stem", 2),
+        small=(64, "images in a batch, with the stem for small images", 2),
+        steps=(5, "timed in each round"), skip=(2, "steps before them that do not count"),
+        repeats=(5, "timed rounds"), workers=(2, "processes, for lightly"),
+        threads=(machine()["cores"], "of torch"))
 
 
 def main():

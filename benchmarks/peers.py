@@ -18,13 +18,15 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 BLOCKS = dict(resnet18=(BasicBlock, [2, 2, 2, 2]), resnet50=(Bottleneck, [3, 4, 6, 3]))
 
 
-def torchvision_encoder(arch: str, width: float) -> tuple[nn.Module, int]:
-    "torchvision's ResNet with the stem for 32 px and no classifier, of any width; width of h."
+def torchvision_encoder(arch: str, width: float, stem: str = "cifar") -> tuple[nn.Module, int]:
+    "torchvision's ResNet with the stem for 32 px, or its own, and no classifier; width of h."
     (block, blocks), channels = BLOCKS[arch], round(64 * width)
     net = ResNet(block, blocks)
     net.inplanes, dim = channels, 8 * channels * block.expansion
-    net.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
-    net.bn1, net.maxpool, net.fc = nn.BatchNorm2d(channels), nn.Identity(), nn.Identity()
+    net.bn1, net.fc = nn.BatchNorm2d(channels), nn.Identity()
+    if stem == "cifar":
+        net.conv1, net.maxpool = nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.Identity()
+    else: net.conv1 = nn.Conv2d(3, channels, 7, 2, 3, bias=False)
     for i, n in enumerate(blocks):
         stride = 2 if i else 1
         setattr(net, f"layer{i + 1}", net._make_layer(block, channels << i, n, stride))

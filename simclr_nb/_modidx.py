@@ -975,6 +975,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'simclr_nb.optim.LARS.add_param_group': ('optim.html#lars.add_param_group', 'simclr_nb/optim.py'),
                                  'simclr_nb.optim.LARS.step': ('optim.html#lars.step', 'simclr_nb/optim.py'),
                                  'simclr_nb.optim._adapt': ('optim.html#_adapt', 'simclr_nb/optim.py'),
+                                 'simclr_nb.optim._check_steps': ('optim.html#_check_steps', 'simclr_nb/optim.py'),
                                  'simclr_nb.optim._decay_groups': ('optim.html#_decay_groups', 'simclr_nb/optim.py'),
                                  'simclr_nb.optim._update': ('optim.html#_update', 'simclr_nb/optim.py'),
                                  'simclr_nb.optim.create_optimizer': ('optim.html#create_optimizer', 'simclr_nb/optim.py'),

@@ -173,7 +173,15 @@ def scale_lr(
         raise ValueError(f"base_lr must be finite and at least 0, got {base_lr}")
     return base_lr * rules[rule]
 
-# %% ../nbs/07_optim.ipynb #7c88a4ae
+# %% ../nbs/07_optim.ipynb #07929e36
+def _check_steps(step: int, warmup_steps: int, total_steps: int) -> None:
+    "Refuse steps out of range."
+    if step < 0: raise ValueError(f"step must be 0 or more, got {step}")
+    if not 0 <= warmup_steps <= total_steps:
+        steps = f"{warmup_steps}, {total_steps}"
+        raise ValueError(f"expected 0 <= warmup_steps <= total_steps, got {steps}")
+
+# %% ../nbs/07_optim.ipynb #c19366bb
 def warmup_cosine(
     step: int,  # Step, counted from 0
     peak_lr: float,  # Learning rate at the end of the warm-up
@@ -181,16 +189,13 @@ def warmup_cosine(
     total_steps: int,  # Steps in all, at least `warmup_steps`
 ) -> float:  # Learning rate of the step
     "Linear warm-up from 0, then cosine decay to 0; raises `ValueError` for steps out of range."
-    if step < 0: raise ValueError(f"step must be 0 or more, got {step}")
-    if not 0 <= warmup_steps <= total_steps:
-        steps = f"{warmup_steps}, {total_steps}"
-        raise ValueError(f"expected 0 <= warmup_steps <= total_steps, got {steps}")
+    _check_steps(step, warmup_steps, total_steps)
     if step < warmup_steps: return peak_lr * step / warmup_steps
     if step >= total_steps: return 0.0
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return peak_lr * 0.5 * (1 + math.cos(math.pi * progress))
 
-# %% ../nbs/07_optim.ipynb #a3d9a81e
+# %% ../nbs/07_optim.ipynb #68e20459
 def warmup_milestones(
     step: int,  # Step, counted from 0
     peak_lr: float,  # Learning rate after the warm-up
@@ -200,7 +205,7 @@ def warmup_milestones(
     factor: float = 0.2,  # What is left of it then
 ) -> float:  # Learning rate of the step
     "Linear warm-up, then drops at milestones; raises `ValueError` for steps out of range."
-    warmup_cosine(step, peak_lr, warmup_steps, total_steps)  # refuses the same
+    _check_steps(step, warmup_steps, total_steps)
     if step < warmup_steps: return peak_lr * (step + 1) / warmup_steps
     return peak_lr * factor ** sum(step >= round(share * total_steps) for share in milestones)
 

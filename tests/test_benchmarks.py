@@ -227,27 +227,35 @@ def test_step_agrees_with_itself():
 
 
 def test_resnet50_step_is_faster_than_plain_pytorch():
+    "Than float32, in the precision in which this processor multiplies faster, as `auto` takes it."
     card = read("step")
     assert idle(card) and card["settings"]["width"] == 1 and card["settings"]["repeats"] >= 5
-    said = card["networks"]["resnet50"]["compared"]["fp32 channels_last compiled"]
-    assert said["to_eager"] >= 1.8
+    peak, said = card["product_gflop_per_s"], card["networks"]["resnet50"]["compared"]
+    precision = "bf16" if peak["bf16"] > 1.2 * peak["fp32"] else "fp32"
+    assert said[f"{precision} channels_last compiled"]["to_eager"] >= 1.8
 
 
 def test_end_to_end_agrees_with_itself():
-    card = read("end_to_end")
-    loops = card["loops"]
-    assert set(loops) == {"lightly", "bare", "pretrain", "compiled"}
-    for name, ratio in card["ratios"].items():
-        assert ratio["median"] == round(loops[name]["median"] / loops["lightly"]["median"], 2)
-    pairs = zip(loops["bare"]["runs"], loops["pretrain"]["runs"])
-    assert card["overhead"]["share"] == round(median(a / b for a, b in pairs) - 1, 4)
+    networks = read("end_to_end")["networks"]
+    assert set(networks) == {"imagenet", "cifar"}
+    for found in networks.values():
+        loops = found["loops"]
+        assert set(loops) == {"lightly", "bare", "pretrain", "compiled", "auto"}
+        for name, ratio in found["ratios"].items():
+            theirs = loops["lightly"]["median"]
+            assert ratio["median"] == round(loops[name]["median"] / theirs, 2)
+        pairs = zip(loops["bare"]["runs"], loops["pretrain"]["runs"])
+        assert found["overhead"]["share"] == round(median(a / b for a, b in pairs) - 1, 4)
 
 
 def test_end_to_end_is_ahead_and_fastai_costs_little():
+    "With the documented stem; with the other, products alone leave room for less."
     card = read("end_to_end")
-    assert idle(card) and card["settings"]["width"] == 1 and card["settings"]["repeats"] >= 5
-    assert min(card["ratios"][name]["median"] for name in ("bare", "pretrain")) >= 1.4
-    assert card["overhead"]["share"] <= 0.05
+    assert idle(card) and card["settings"]["repeats"] >= 5
+    documented, small = card["networks"]["imagenet"], card["networks"]["cifar"]
+    assert min(documented["ratios"][name]["median"] for name in ("bare", "pretrain")) >= 1.4
+    assert max(found["overhead"]["share"] for found in (documented, small)) <= 0.05
+    assert small["ratios"]["pretrain"]["median"] > 1 and small["share_of_limit"] >= 0.8
 
 
 def test_import_is_quick_and_memory_that_of_the_images():
