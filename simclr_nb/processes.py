@@ -124,10 +124,10 @@ def _glibc() -> ctypes.CDLL | None:
     libc = ctypes.CDLL(None)
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 
-# %% ../nbs/00e_processes.ipynb #ea0e4e42
+# %% ../nbs/00e_processes.ipynb #a23874a3
 @contextmanager
-def kept_memory() -> Iterator[bool]:
-    "Inside, freed memory is kept for what comes next (Linux with glibc); says whether it is."
+def kept_memory() -> Iterator[bool]:  # Whether memory is kept
+    "Inside, freed memory is kept for what comes next; on Linux with glibc alone."
     libc = _glibc()
     if libc is None:
         yield False
