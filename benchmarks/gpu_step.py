@@ -32,7 +32,7 @@ from simclr_nb.optim import LARS
 
 SOURCES = ("random", "workers", "device")  # images, and where those of files are decoded
 COUNTS = dict(size=(224, "side of the views, in pixels"), micro=(256, "images in a micro-batch", 2),
-              repeats=(9, "timed steps of each case", 2), workers=(16, "processes for files"))
+              repeats=(9, "timed steps of each case", 2), workers=(16, "processes for files", 0))
 
 
 def create_step(args: argparse.Namespace) -> Callable[[Tensor], None]:
