@@ -110,7 +110,7 @@ def table(card: dict) -> str:
 def main():
     parser = parser_of(
         __doc__, images=(10_000, "how many of them"), repeats=(7, "timed passes of each"),
-        batch=(512, "images in a batch"), workers=(2, "processes, for those that use them"),
+        batch=(512, "images in a batch"), workers=(2, "processes, for those that use them", 0),
         threads=(machine()["cores"], "threads of torch, for the others"))
     parser.add_argument("--data", choices=["cifar10", "random"], default="cifar10", help="images")
     args = parser.parse_args()

@@ -65,7 +65,7 @@ class Transformed(Dataset):
 def one_by_one(transform: Callable, images: Sequence, args: Namespace) -> DataLoader:
     "Batches of views that workers make, who stay alive from pass to pass."
     return DataLoader(Transformed(images, transform), args.batch, shuffle=True, drop_last=True,
-                      num_workers=args.workers, persistent_workers=True)
+                      num_workers=args.workers, persistent_workers=args.workers > 0)
 
 
 class Twice:

@@ -129,7 +129,7 @@ def table(card: dict) -> str:
 def options() -> argparse.ArgumentParser:
     parser = parser_of(
         __doc__, least=(256, "images of the smallest loss", 2), most=(32_768, "of the largest", 2),
-        gib=(8, "GiB that lightly's loss may ask for"), dim=(128, "width of the projections"),
+        gib=(8, "GiB that lightly's loss may ask for", 0), dim=(128, "width of the projections"),
         batch=(32, "images of a step", 2), inner=(5, "steps of a process, in each round"),
         repeats=(5, "timed rounds"), threads=(machine()["cores"], "of torch"))
     parser.add_argument("--width", type=float, default=1.0, help="of the encoder (1)")
