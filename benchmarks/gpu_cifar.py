@@ -32,7 +32,8 @@ from simclr_nb.speedrun import SPEED_RUNS
 
 COUNTS = dict(batch=(512, "images in a batch"), epochs=(100, "passes over the training images"),
               interval=(50, "steps between notes of the speed"), k=(200, "neighbours that vote"),
-              linear_epochs=(90, "passes of linear evaluation"), hidden_layers=(1, "of the head", 0),
+              linear_epochs=(90, "passes of linear evaluation"),
+              hidden_layers=(1, "of the head", 0),
               out_dim=(128, "width of the projection"), seed=(0, "of all that is random", 0))
 TEXTS = dict(data=("cifar10", "folder, or a named data set"), arch=("resnet18", "encoder"),
              precision=("auto", "auto, bf16, fp16 or fp32"), optimizer=("lars", "its name"),
