@@ -15,6 +15,7 @@ from resource import RUSAGE_SELF, getrusage
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 
 import simclr_nb
 
@@ -57,6 +58,18 @@ def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> flo
     side = 1024 if device == "cpu" else 8192
     a = torch.ones(side, side, device=device, dtype=dtype)
     return rate(lambda: (a @ a, wait(device)), 2 * side**3)
+
+
+def network_rate(dtype: torch.dtype = torch.float32) -> float:
+    """Operations per second, on a CPU, of what a network consists of: its roof.
+
+    A large convolution or a large product of matrices, the faster. PyTorch has them from different
+    libraries, and on some processors one is twice as fast as the other.
+    """
+    x, weight = torch.ones(32, 512, 16, 16, dtype=dtype), torch.ones(512, 512, 3, 3, dtype=dtype)
+    x, weight = (v.to(memory_format=torch.channels_last) for v in (x, weight))
+    convolution = rate(lambda: F.conv2d(x, weight, padding=1), 2 * x.numel() * weight[0].numel())
+    return max(product_rate(dtype=dtype), convolution)
 
 
 def wait(device: str | torch.device) -> None:

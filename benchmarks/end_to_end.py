@@ -14,16 +14,15 @@ from statistics import median
 from time import perf_counter
 
 import torch
+import torch.nn.functional as F
 from fastai.callback.core import Callback
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from common import (bounds, closing, finish, header, machine, parser_of, product_rate, rounds,
-                    write)
+from common import bounds, closing, finish, header, machine, parser_of, rate, rounds, write
 from peers import Transformed, lightly_views, peer, torchvision_encoder
 from simclr_nb.arrays import ImageArrays, load_arrays
 from simclr_nb.augment import TwoViews
-from simclr_nb.cost import count_step
 from simclr_nb.data import SimCLRDataLoaders, Source, cifar10_source, simclr_dls
 from simclr_nb.encoder import create_encoder
 from simclr_nb.head import SimCLR, projection_head
@@ -166,19 +165,30 @@ def ratios(loops: dict) -> dict:
             for name, loop in loops.items() if name != "lightly"}
 
 
-def flop_per_image(stem: str, batch: int) -> float:
-    "Operations for an image: two views through the network and back, its share of the loss."
-    with torch.device("meta"): count = count_step(create_model(stem), SIZE)
-    return 2 * count.flops() + 4 * 4 * batch * count.dims[1]
+def convolution_seconds(stem: str, batch: int) -> float:
+    "Seconds of the convolutions of a step alone, forward and backward, each the fastest of some."
+    model, seconds = create_model(stem), []
+
+    def alone(conv: nn.Conv2d, inputs: tuple, out: torch.Tensor) -> None:
+        x = inputs[0].detach().requires_grad_(inputs[0].requires_grad)  # images need no gradient
+        asked, grad = [v for v in (x, conv.weight) if v.requires_grad], torch.ones_like(out)
+        seconds.append(1 / rate(lambda: torch.autograd.grad(
+            F.conv2d(x, conv.weight, None, conv.stride, conv.padding), asked, grad), 1, 5))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d): module.register_forward_hook(alone)
+    views = torch.rand(2 * batch, 3, SIZE, SIZE)
+    with kept_memory():
+        model.to(memory_format=torch.channels_last)(views.to(memory_format=torch.channels_last))
+    return sum(seconds)
 
 
 def network(images: torch.Tensor, stem: str, args: argparse.Namespace) -> dict:
-    "What is measured with one stem; and the roof of products alone, in fp32."
-    batch, before = getattr(args, STEMS[stem]), product_rate()
-    loops, product = speeds(images, stem, batch, args), max(before, product_rate())
-    roof = product / flop_per_image(stem, batch)
-    best = max(loops[name]["median"] for name in ("bare", "pretrain", "compiled"))
-    limit = dict(product_gflop_per_s=round(product / 1e9, 1), images_per_s=round(roof, 1))
+    "What is measured with one stem; and the roof of the convolutions alone, in fp32."
+    batch = getattr(args, STEMS[stem])
+    before, loops = convolution_seconds(stem, batch), speeds(images, stem, batch, args)
+    seconds = min(before, convolution_seconds(stem, batch))
+    best, roof = max(loops[name]["median"] for name in LOOPS if name != "auto"), batch / seconds
+    limit = dict(seconds=round(seconds, 4), images_per_s=round(roof, 1))
     return dict(batch=batch, loops=loops, ratios=ratios(loops), overhead=overhead(loops, batch),
                 limit=limit, share_of_limit=round(best / roof, 3))
 
@@ -204,8 +214,8 @@ def rows(stem: str, found: dict, version: str) -> list[str]:
         *(f"| {names[k]} | {bounds(s)} | {ratio.get(k, '')} |" for k, s in found["loops"].items()),
         "", f"`learn.pretrain` takes longer than the bare loop by **{lost['share']:.1%}**, "
         f"{lost['ms_per_step']:.1f} ms a step; medians over rounds. Roof in fp32: "
-        f"{roof['images_per_s']:,} images/s for the products of the network alone at "
-        f"{roof['product_gflop_per_s']} GFLOP/s; the fastest loop in fp32 reaches "
+        f"{roof['images_per_s']:,} images/s, since PyTorch takes {roof['seconds']:.3f} s for the "
+        f"convolutions of a step alone; the fastest loop in fp32 reaches "
         f"{found['share_of_limit']:.0%} of it.", ""]
 
 
@@ -223,7 +233,7 @@ def options() -> argparse.ArgumentParser:
     return parser_of(
         __doc__, documented=(256, "images in a batch, with torchvision's stem", 2),
         small=(64, "images in a batch, with the stem for small images", 2),
-        steps=(5, "timed in each round"), skip=(2, "steps before them that do not count"),
+        steps=(8, "timed in each round"), skip=(2, "steps before them that do not count"),
         repeats=(5, "timed rounds"), workers=(2, "processes, for lightly"),
         threads=(machine()["cores"], "of torch"))
 

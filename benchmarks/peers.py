@@ -1,6 +1,5 @@
 "What others would write, for benchmarks to compare with."
 import random
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
@@ -62,10 +61,10 @@ class Transformed(Dataset):
         return self.transform(image)
 
 
-def one_by_one(transform: Callable, images: Sequence, args: Namespace) -> DataLoader:
+def one_by_one(transform: Callable, images: Sequence, batch: int, workers: int) -> DataLoader:
     "Batches of views that workers make, who stay alive from pass to pass."
-    return DataLoader(Transformed(images, transform), args.batch, shuffle=True, drop_last=True,
-                      num_workers=args.workers, persistent_workers=args.workers > 0)
+    return DataLoader(Transformed(images, transform), batch, shuffle=True, drop_last=True,
+                      num_workers=workers, persistent_workers=workers > 0)
 
 
 class Twice:

@@ -41,7 +41,8 @@ def passes(args: argparse.Namespace) -> dict[str, Callable[[], Iterable]]:
         torchvision=torchvision_views(args.size))
     views = dict(ours=compiled_views(plain), eager=plain, crops=lambda pairs: pairs)
     ways = {name: partial(map, lambda b, f=f: f(b[0]), ours) for name, f in views.items()}
-    ways |= {name: partial(iter, one_by_one(f, paths, args)) for name, f in others.items()}
+    ways |= {name: partial(iter, one_by_one(f, paths, args.batch, args.workers))
+             for name, f in others.items()}
     return {name: ways[name] for name in WAYS}
 
 

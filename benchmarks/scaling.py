@@ -12,7 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import loss
-from common import (bounds, closing, finish, header, machine, own_process, parser_of, product_rate,
+from common import (bounds, closing, finish, header, machine, network_rate, own_process, parser_of,
                     rounds, spread, timed, write)
 from simclr_nb.dist import global_loss, to_global_batch_norm
 from simclr_nb.loss import NTXent
@@ -54,9 +54,9 @@ def sizes(args: argparse.Namespace) -> dict:
     def work(size: int):
         x = torch.rand(2 * args.batch, 3, size, size)
         return partial(timed, create_step(create_model(ARCH, args.width, size), x, VARIANT))
-    found, product = rounds({str(s): work(s) for s in SIZES}, args.repeats), product_rate()
+    found, peak = rounds({str(s): work(s) for s in SIZES}, args.repeats), network_rate()
     for size, s in found.items():
-        share = flop(ARCH, args.batch, args.width, int(size)) / s["median"] / product
+        share = flop(ARCH, args.batch, args.width, int(size)) / s["median"] / peak
         s.update(images_per_s=round(args.batch / s["median"], 1), share_of_peak=round(share, 3))
     return found
 
