@@ -4,6 +4,7 @@ All make the same views from the same uint8 images in memory, in turns, in one r
 CIFAR-10 policy at 32 px, and those of the paper's policy, with blur, at 224 px.
 """
 import argparse
+import gc
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -96,7 +97,7 @@ def measure_size(size: int, n: int, batch: int, args: argparse.Namespace) -> dic
     n = len(dls.train) * batch
     works = {name: partial(one_pass, name, batches, n, pixels)
              for name, batches in passes(size, dls, args).items()}
-    with kept_memory(): speeds = rounds(works, args.repeats)  # as in training
+    with kept_memory(): speeds = rounds(works, args.repeats, warm=2)  # memory as in training
     theirs, roof = speeds["lightly"]["median"], limit(size)
     return dict(
         images_timed=n, batch=batch, policy=repr(TwoViews(dls.policy)), speeds=speeds,
@@ -110,8 +111,9 @@ def measure(args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.threads)
     card = header("two augmented views of an image, images/s", args,
                   "torchvision", "lightly", "kornia", "pillow")
-    sizes = {"32": measure_size(32, args.images, args.batch, args),
-             "224": measure_size(224, args.photos, args.few, args)}
+    small = measure_size(32, args.images, args.batch, args)
+    gc.collect()  # ends the workers of its loaders
+    sizes = {"32": small, "224": measure_size(224, args.photos, args.few, args)}
     return finish(dict(card, differences=DIFFERENCES, sizes=sizes),
                   *(s for found in sizes.values() for s in found["speeds"].values()))
 

@@ -45,12 +45,12 @@ def timed(work: Callable) -> float:
     return round(time.perf_counter() - start, 5)
 
 
-def rounds(works: dict[str, Callable[[], float]], repeats: int) -> dict[str, dict]:
-    "Spread of what each work returns: one after another, in turns, after a round to warm up."
+def rounds(works: dict[str, Callable[[], float]], repeats: int, warm: int = 1) -> dict[str, dict]:
+    "Spread of what each work returns: one after another, in turns, after rounds to warm up."
     runs = {name: [] for name in works}
-    for _ in range(1 + repeats):
+    for _ in range(warm + repeats):
         for name, work in works.items(): runs[name].append(work())
-    return {name: spread(kept[1:]) for name, kept in runs.items()}
+    return {name: spread(kept[warm:]) for name, kept in runs.items()}
 
 
 def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
