@@ -83,13 +83,14 @@ def test_augment_agrees_with_itself():
     card = read("augment")
     assert dict(data="real", workers=2).items() <= card["settings"].items()
     assert set(card["sizes"]) == {"32", "224"}
-    for found in card["sizes"].values():
+    for size, chance in {"32": 0.03, "224": 0.08}.items():  # 512 images in a batch, and 64
+        found = card["sizes"][size]
         speeds, pixels = found["speeds"], found["pixels"]
         assert set(speeds) == set(pixels)
         for name, ratio in found["ratios"].items():
             assert ratio == round(speeds[name]["median"] / speeds["lightly"]["median"], 2)
             for k in ("mean", "std"):  # of all pixels: the same work, but for rounding and chance
-                assert pixels[name][k] == pytest.approx(pixels["lightly"][k], abs=0.03)
+                assert pixels[name][k] == pytest.approx(pixels["lightly"][k], abs=chance)
 
 
 def test_augment_is_ahead_of_lightly():
