@@ -46,8 +46,8 @@ def load(data: str, size: int, n: int, batch: int) -> SimCLRDataLoaders:
     "Shuffled uint8 batches from memory: CIFAR-10, or photos for large views; or noise."
     side, source = SIDES[size], "cifar10"
     if data == "random" or size != 32:
-        noise = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8)
-        images = noise if data == "random" else squares(n, side)
+        if data != "random": images = squares(n, side)
+        else: images = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8)
         arrays = ImageArrays(images, torch.full((n,), -1))
         source = Source("images", arrays, arrays)
     return simclr_dls(source, size, batch, "cifar" if size == 32 else "paper", n_train=n,

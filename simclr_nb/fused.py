@@ -160,9 +160,10 @@ class _Blur(GaussianBlur):
     def change(self, x: Tensor, sigma: Tensor, chosen: Tensor) -> Tensor:
         if not chosen.any(): return x
         rows = chosen.nonzero()[:, 0].to(x.device, non_blocking=True)
-        taps = gaussian_taps(sigma[chosen].to(x), self.kernel_size(x))
         if len(rows) == 1: blurred = self.apply(x[rows], sigma[chosen])  # rather than compile anew
-        else: blurred = _blur(x[rows], taps[:, taps.shape[1] // 2:], self.border)
+        else:
+            taps = gaussian_taps(sigma[chosen].to(x), self.kernel_size(x))
+            blurred = _blur(x[rows], taps[:, taps.shape[1] // 2:], self.border)
         return x.index_copy(0, rows, blurred)
 
 # %% ../nbs/01e_fused.ipynb #bc70f397
