@@ -22,6 +22,7 @@ from .augment import TwoViews
 from .data import clean_loader
 from .diagnose import knn_predict, represent
 from .dist import GlobalBatchNorm, gather_in_order, sum_over_ranks
+from .encoder import memory_format_for
 from .listing import write_atomic
 from .microbatch import MicroBatched, bare_model
 from .optim import warmup_cosine
@@ -41,14 +42,16 @@ class ViewsCallback(Callback):
     ):
         self.two_views = two_views
 
-    def before_fit(self): self.is_checked = False
+    def before_fit(self):
+        self.is_checked = False
+        self.memory_format = memory_format_for(self.model)
 
     def before_batch(self):
         x = self.xb[0].as_subclass(Tensor)
         if len(x) < 2: raise CancelBatchException()  # an only image has no negatives
         if not self.is_checked: self._check(x)
         if not self.yb: self.learn.yb = (torch.full((len(x),), -1, device=x.device),)
-        self.learn.xb = (self.two_views(x).contiguous(memory_format=torch.channels_last),)
+        self.learn.xb = (self.two_views(x).contiguous(memory_format=self.memory_format),)
 
     def _check(self, x: Tensor):
         self.is_checked = True

@@ -113,6 +113,7 @@ def augmented_batches(
     device: torch.device | str = "cpu",  # Where the batches go
     seed: int = 0,  # Of order and views; torch's global state is left alone
     num_workers: int = 0,  # Processes that decode image files; they do not change what is drawn
+    memory_format: torch.memory_format = torch.channels_last,  # Of the images
 ) -> Iterator[tuple[Tensor, Tensor]]:  # `x (bs, 3, S, S)`, float in [0, 1], and labels
     "Endless shuffled passes over labelled images, one random view of each."
     order = Generator().manual_seed(seed)
@@ -128,7 +129,7 @@ def augmented_batches(
         policy = policy.after_crop()
     for x, y in batches:
         x = policy(x.to(device), views)
-        yield x.contiguous(memory_format=torch.channels_last), y.to(device)
+        yield x.contiguous(memory_format=memory_format), y.to(device)
 
 # %% ../nbs/10f_classifier.ipynb #2c10a0b2
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch import Generator, Tensor, nn
 
 from .augment import Policy, TwoViews
 from .data import SimCLRDataLoaders
+from .encoder import memory_format_for
 from .show import intensity_histogram
 
 # %% ../nbs/08_diagnose.ipynb #bdca214a
@@ -44,11 +45,12 @@ def represent(
     progress: bool = False,  # Show a progress bar with ETA
 ) -> tuple[Tensor, Tensor]:  # `h (n, D)`, float32, and labels `(n,)`, on the CPU
     "Representations and labels of all images; leaves the encoder bit-identical."
-    device, hs, ys = next(encoder.parameters()).device, [], []
+    device, layout = next(encoder.parameters()).device, memory_format_for(encoder)
+    hs, ys = [], []
     with evaluating(encoder):
         for x, y in progress_bar(loader, leave=False) if progress else loader:
             x, y = (t.as_subclass(Tensor) for t in (x, y))  # fastai hands out subclasses
-            x = x.to(device, memory_format=torch.channels_last)
+            x = x.to(device, memory_format=layout)
             hs.append(encoder(x / 255 if x.dtype == torch.uint8 else x.float()).float().cpu())
             ys.append(y.cpu())
     return torch.cat(hs), torch.cat(ys)

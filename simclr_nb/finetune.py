@@ -29,6 +29,7 @@ from simclr_nb.classifier import (
 )
 from .data import SimCLRDataLoaders
 from .diagnose import represent
+from .encoder import memory_format_for
 from .evaluate import encoder_card, random_encoder, score_result
 from .files import ImageFiles
 from .result import Result, speed
@@ -82,7 +83,8 @@ def train_classifier(
     model = nn.Sequential(deepcopy(encoder), head).requires_grad_(True)
     _set_norms(model, batch_norm, decay)
     workers = cpu_count() if num_workers is None else num_workers
-    batches = augmented_batches(data, policy, recipe.bs, recipe.steps, device, seed, workers)
+    batches = augmented_batches(data, policy, recipe.bs, recipe.steps, device, seed, workers,
+                                memory_format_for(encoder))
     with torch.random.fork_rng():  # for networks with dropout
         torch.manual_seed(seed)
         train_steps(model, batches, recipe, _dtype(precision, device), progress)

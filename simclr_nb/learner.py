@@ -35,6 +35,8 @@ from simclr_nb.encoder import (
     create_encoder,
     encoder_stem,
     load_encoder,
+    memory_format_for,
+    narrow_layers,
     save_encoder,
 )
 from .fused import can_compile, compiled_views
@@ -194,6 +196,17 @@ def _probes(n_classes: int) -> tuple[list, list]:
     columns = [callback_metric(probe, "probe"), callback_metric(knn, "knn")]
     return [RepresentCallback(), probe, knn], columns
 
+# %% ../nbs/10_learner.ipynb #8d917e55
+def _place(model: nn.Module, device: torch.device | str | None) -> nn.Module:
+    "Move a model to the device, in the memory layout it is trained in; say which if it is unusual."
+    model = model.to(device)
+    layout = memory_format_for(model)
+    if layout == torch.contiguous_format and is_main():
+        layers = ", ".join(narrow_layers(model))
+        print(f"not channels last: strided 1x1 convolutions of few channels ({layers}) compute "
+              "wrong gradients on some CPUs in that layout")
+    return model.to(memory_format=layout)
+
 # %% ../nbs/10_learner.ipynb #2e98f234
 def contrastive_learner(
     dls: DataLoaders,  # From `simclr_dls`, or any fastai `DataLoaders` of images in [0, 1]
@@ -209,7 +222,7 @@ def contrastive_learner(
     **kwargs,  # For fastai's `Learner`: `opt_func`, `cbs`, `path`, ...
 ) -> SimCLRLearner:
     "Learner of any contrastive method: its parts wired together; raises `ValueError`."
-    model = model.to(device=dls.device, memory_format=torch.channels_last)
+    model = _place(model, dls.device)
     if compiled and can_compile(torch.device(dls.device).type):
         model.encoder.compile()  # in place: weights keep their names
         two_views = compiled_views(two_views)

@@ -76,6 +76,15 @@ def fork(folder, before, world, r, meeting, kwargs):
         print(f"{type(e).__name__}: {e}", flush=True)
         os._exit(1)
 
+def first_state(folder, pids):
+    "Wait until a run has saved its state; a life that ends before that is an error."
+    deadline = time.monotonic() + 120
+    while not list((folder / "state").glob("*.ckpt")):
+        ended = [pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0]]
+        assert not ended, "a life ended before it saved a state"
+        assert time.monotonic() < deadline, "no state within two minutes"
+        time.sleep(0.01)
+
 def end(pids):
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     return codes[0] if len(codes) == 1 else codes
@@ -163,7 +172,7 @@ root, world = Path(sys.argv[1]), int(sys.argv[2])
 all_ended = lambda code: code if world == 1 else [code] * world
 assert end(start(root / "whole", world=world)) == all_ended(0)
 pids = start(root / "cut", world=world)
-while not list((root / "cut" / "state").glob("*.ckpt")): time.sleep(0.01)
+first_state(root / "cut", pids)
 os.kill(pids[-1], signal.SIGTERM)                             # one is asked, all stop
 assert end(pids) == all_ended(143)
 assert end(start(root / "cut", world=world)) == all_ended(0)
@@ -179,7 +188,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(tmp_path, world):
 ELASTIC = LIVES + """
 root = Path(sys.argv[1])
 pids = start(root / "cut", world=2)
-while not list((root / "cut" / "state").glob("*.ckpt")): time.sleep(0.01)
+first_state(root / "cut", pids)
 os.kill(pids[0], signal.SIGKILL)
 assert end(pids)[0] == -9
 assert end(start(root / "cut")) == 0                          # goes on in one process

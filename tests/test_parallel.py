@@ -193,8 +193,10 @@ def test_killed_rank_ends_all_and_the_run_goes_on(whole, tmp_path, who, what):
     "One rank is killed, or the launcher is asked to stop: an end within a minute, nothing lost."
     out = tmp_path / "run"
     process = begin(out, "torchrun")
+    deadline = time.monotonic() + 120
     while not list((out / "state").glob("*.ckpt")):
         assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no state within two minutes"
         time.sleep(0.01)
     os.kill(process.pid if who is None else children(process.pid)[who], what)
     began = time.monotonic()
