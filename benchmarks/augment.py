@@ -18,11 +18,12 @@ from common import (bounds, closing, finish, header, machine, parser_of, product
                     write)
 from decode import SAMPLE, photos
 from peers import kornia_views, lightly_views, one_by_one, solo_views, torchvision_views
-from simclr_nb.arrays import ImageArrays
-from simclr_nb.augment import TwoViews
-from simclr_nb.data import SimCLRDataLoaders, Source, simclr_dls
-from simclr_nb.fused import compiled_views
-from simclr_nb.processes import kept_memory
+from simclr_nb.images.arrays import ImageArrays
+from simclr_nb.views.two_views import TwoViews
+from simclr_nb.data import SimCLRDataLoaders, simclr_dls
+from simclr_nb.images.source import Source
+from simclr_nb.views.compiled import compiled_views
+from simclr_nb.core.processes import kept_memory
 
 SIDES = {32: 32, 224: 256}  # of the views: of the images
 WAYS = dict(ours="ours, compiled", eager="ours, operators", kornia="kornia, batched",

@@ -13,9 +13,9 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from common import bounds, closing, finish, header, machine, parser_of, rate, rounds, write
-from simclr_nb.arrays import read_image
-from simclr_nb.augment import create_policy
-from simclr_nb.files import ImageFiles
+from simclr_nb.images.arrays import read_image
+from simclr_nb.views.policy import create_policy
+from simclr_nb.images.files import ImageFiles
 
 WAYS = dict(pillow="Pillow, whole photos", torchvision="torchvision, whole photos",
             read_image="ours, `read_image`: upright, checked",

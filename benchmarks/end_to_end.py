@@ -21,15 +21,16 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from common import bounds, closing, finish, header, machine, parser_of, rate, rounds, write
 from peers import Transformed, lightly_views, peer, torchvision_encoder
-from simclr_nb.arrays import ImageArrays, load_arrays
-from simclr_nb.augment import TwoViews
-from simclr_nb.data import SimCLRDataLoaders, Source, cifar10_source, simclr_dls
-from simclr_nb.encoder import create_encoder
-from simclr_nb.head import SimCLR, projection_head
+from simclr_nb.images.arrays import ImageArrays, load_arrays
+from simclr_nb.views.two_views import TwoViews
+from simclr_nb.data import SimCLRDataLoaders, simclr_dls
+from simclr_nb.images.source import Source, cifar10_source
+from simclr_nb.model.encoder import create_encoder
+from simclr_nb.model.head import SimCLR, projection_head
 from simclr_nb.learner import simclr_learner
-from simclr_nb.loss import NTXent
-from simclr_nb.optim import create_optimizer
-from simclr_nb.processes import kept_memory
+from simclr_nb.loss.tiled import NTXent
+from simclr_nb.train.optim import create_optimizer
+from simclr_nb.core.processes import kept_memory
 
 ARCH, SIZE, LR, AHEAD = "resnet18", 32, 0.05, 2  # batches that each worker prepares ahead
 LOOPS = dict(lightly="lightly's documented loop", bare="bare loop of our parts",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from common import bounds, closing, finish, header, machine, parser_of, rounds, timed, write
-from simclr_nb.diagnose import knn_predict, tsne
+from simclr_nb.measure.neighbours import knn_predict
+from simclr_nb.measure.geometry import tsne
 
 CLASSES, NEIGHBOURS, TEMPERATURE = 10, 20, 0.1
 

@@ -15,8 +15,9 @@ from statistics import median
 
 from common import (GIVE_BACK, MIB, bounds, closing, finish, header, machine, own_process,
                     parser_of, resident, rounds, write)
-from simclr_nb.arrays import ImageArrays
-from simclr_nb.data import Source, simclr_dls
+from simclr_nb.images.arrays import ImageArrays
+from simclr_nb.images.source import Source
+from simclr_nb.data import simclr_dls
 
 BASE = "torch, torchvision, fastai.learner"
 IMPORTS = dict(base=BASE, package=f"{BASE}, simclr_nb.learner")

@@ -20,15 +20,17 @@ import torch
 from common import HERE, finish, header, parser_of, spread, wait, write
 from fastai.callback.core import Callback
 from gpu_common import Piece, begun, bf16_rate, kept, pieces_of
-from simclr_nb.arrays import ImageArrays
-from simclr_nb.callback import KNNCallback, ProbeCallback, RepresentCallback
-from simclr_nb.checkpoint import CheckpointCallback
-from simclr_nb.cost import count_encoder
-from simclr_nb.data import SimCLRDataLoaders, Source, find_source, simclr_dls
-from simclr_nb.encoder import load_encoder
-from simclr_nb.evaluate import encoder_features, knn_accuracy, linear_evaluation
+from simclr_nb.images.arrays import ImageArrays
+from simclr_nb.train.probes import KNNCallback, ProbeCallback, RepresentCallback
+from simclr_nb.train.checkpoint import CheckpointCallback
+from simclr_nb.plan.cost import count_encoder
+from simclr_nb.data import SimCLRDataLoaders, simclr_dls
+from simclr_nb.images.source import Source, find_source
+from simclr_nb.model.encoder import load_encoder
+from simclr_nb.evaluate.features import encoder_features
+from simclr_nb.evaluate.frozen import knn_accuracy, linear_evaluation
 from simclr_nb.learner import SimCLRLearner, simclr_learner
-from simclr_nb.speedrun import SPEED_RUNS
+from simclr_nb.studies.speedrun import SPEED_RUNS
 
 COUNTS = dict(batch=(512, "images in a batch"), epochs=(100, "passes over the training images"),
               interval=(50, "steps between notes of the speed"), k=(200, "neighbours that vote"),

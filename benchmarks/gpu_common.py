@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from common import machine, product_rate
-from simclr_nb.listing import write_atomic
+from simclr_nb.core.store import write_atomic
 
 AGAIN = 75  # exit status of a piece after which the same command goes on (EX_TEMPFAIL)
 PART = {"minutes", "steps", "output", "out"}  # options that may differ from piece to piece

@@ -20,15 +20,17 @@ from torch import Tensor
 
 from common import count, finish, header, parser_of, peak, spread, wait, write
 from gpu_common import Piece, begun, bf16_rate, kept, pieces_of
-from simclr_nb.augment import TwoViews, create_policy
-from simclr_nb.callback import auto_precision
-from simclr_nb.cost import PRECISIONS, count_encoder
+from simclr_nb.views.two_views import TwoViews
+from simclr_nb.views.policy import create_policy
+from simclr_nb.train.callbacks import auto_precision
+from simclr_nb.plan.cost import PRECISIONS, count_encoder
 from simclr_nb.data import simclr_dls
-from simclr_nb.encoder import create_encoder, encoder_stem
-from simclr_nb.head import SimCLR, projection_head
-from simclr_nb.loss import NTXent
-from simclr_nb.microbatch import micro_batched
-from simclr_nb.optim import LARS
+from simclr_nb.model.encoder import create_encoder
+from simclr_nb.model.resnet import encoder_stem
+from simclr_nb.model.head import SimCLR, projection_head
+from simclr_nb.loss.tiled import NTXent
+from simclr_nb.parallel.microbatch import micro_batched
+from simclr_nb.train.optim import LARS
 
 SOURCES = ("random", "workers", "device")  # images, and where those of files are decoded
 COUNTS = dict(size=(224, "side of the views, in pixels"), micro=(256, "images in a micro-batch", 2),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common import (bounds, closing, finish, header, machine, own_process, parser_of, peak,
                     product_rate, rounds, timed, write)
-from simclr_nb.diagnose import knn_predict
+from simclr_nb.measure.neighbours import knn_predict
 
 CLASSES, TEMPERATURE = 10, 0.1
 

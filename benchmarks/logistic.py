@@ -19,9 +19,9 @@ from torch import Tensor
 from common import (bounds, closing, finish, header, machine, parser_of, product_rate, spread,
                     write)
 from simclr_nb.data import clean_loader, simclr_dls
-from simclr_nb.diagnose import represent
-from simclr_nb.evaluate import random_encoder
-from simclr_nb.logistic import L2_STRENGTHS, fit_logistic
+from simclr_nb.measure.representations import represent
+from simclr_nb.evaluate.features import random_encoder
+from simclr_nb.evaluate.logistic import L2_STRENGTHS, fit_logistic
 
 REACHED = 1.05  # times the tolerance: left by rounding the fits to their number type
 PEERS = {  # scikit-learn's: number type, and whether a fit starts from the one before

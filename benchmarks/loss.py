@@ -16,7 +16,8 @@ from torch import Tensor
 
 from common import (closing, finish, header, machine, own_process, parser_of, peak, product_rate,
                     rounds, wait, write)
-from simclr_nb.loss import nt_xent, tiled_nt_xent
+from simclr_nb.loss.contrastive import nt_xent
+from simclr_nb.loss.tiled import tiled_nt_xent
 
 LOSSES = "ours", "dense", "in_place", "lightly", "pytorch_metric_learning"
 CHECKED = dict(images=(2, 3, 17, 100), temperatures=(0.05, 0.1, 0.5, 1, 10))

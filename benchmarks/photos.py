@@ -13,11 +13,12 @@ import torch
 from common import bounds, closing, finish, header, machine, parser_of, rate, rounds, write
 from decode import SAMPLE, photos
 from peers import lightly_views, one_by_one, solo_views, torchvision_views
-from simclr_nb.augment import TwoViews, paper_policy
-from simclr_nb.files import ImageFiles
-from simclr_nb.fused import compiled_views
-from simclr_nb.loader import EpochLoader
-from simclr_nb.processes import kept_memory
+from simclr_nb.views.two_views import TwoViews
+from simclr_nb.views.policy import paper_policy
+from simclr_nb.images.files import ImageFiles
+from simclr_nb.views.compiled import compiled_views
+from simclr_nb.images.epochs import EpochLoader
+from simclr_nb.core.processes import kept_memory
 
 WAYS = dict(ours="ours, compiled", eager="ours, operators", crops="ours, decoded and cropped alone",
             lightly="lightly", solo="solo-learn's recipe", torchvision="torchvision v2")

@@ -17,14 +17,16 @@ import torch
 
 from common import (GIVE_BACK, closing, finish, header, machine, own_process, parser_of, peak,
                     spread, timed, write)
-from simclr_nb.augment import TwoViews, create_policy
-from simclr_nb.cost import PRECISIONS
-from simclr_nb.encoder import create_encoder, encoder_stem
-from simclr_nb.head import SimCLR, projection_head
-from simclr_nb.loss import NTXent
-from simclr_nb.microbatch import micro_batched
-from simclr_nb.optim import LARS
-from simclr_nb.plan import PlanConfig, run_plan
+from simclr_nb.views.two_views import TwoViews
+from simclr_nb.views.policy import create_policy
+from simclr_nb.plan.cost import PRECISIONS
+from simclr_nb.model.encoder import create_encoder
+from simclr_nb.model.resnet import encoder_stem
+from simclr_nb.model.head import SimCLR, projection_head
+from simclr_nb.loss.tiled import NTXent
+from simclr_nb.parallel.microbatch import micro_batched
+from simclr_nb.train.optim import LARS
+from simclr_nb.plan.plan import PlanConfig, run_plan
 
 SAME = dict(gpus="cpu", decode_rate=0, epochs=1)
 STEPS = dict(

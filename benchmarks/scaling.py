@@ -14,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 import loss
 from common import (bounds, closing, finish, header, machine, network_rate, own_process, parser_of,
                     rounds, spread, timed, write)
-from simclr_nb.dist import global_loss, to_global_batch_norm
-from simclr_nb.loss import NTXent
-from simclr_nb.processes import launch, world_size
+from simclr_nb.parallel.loss import global_loss
+from simclr_nb.parallel.norm import to_global_batch_norm
+from simclr_nb.loss.tiled import NTXent
+from simclr_nb.core.processes import launch, world_size
 from step import create_model, create_step, flop
 
 ARCH, VARIANT, SIZES, GIB = "resnet18", "fp32 channels_last eager", (32, 64, 96, 128), 2**30

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from common import (bounds, closing, finish, header, machine, network_rate, parser_of, rounds,
                     timed, write)
 from peers import plain_loss, torchvision_encoder
-from simclr_nb.cost import PRECISIONS, count_encoder
-from simclr_nb.encoder import create_encoder, encoder_stem
-from simclr_nb.head import SimCLR, projection_head
-from simclr_nb.loss import NTXent
-from simclr_nb.optim import LARS
-from simclr_nb.processes import kept_memory
+from simclr_nb.plan.cost import PRECISIONS, count_encoder
+from simclr_nb.model.encoder import create_encoder
+from simclr_nb.model.resnet import encoder_stem
+from simclr_nb.model.head import SimCLR, projection_head
+from simclr_nb.loss.tiled import NTXent
+from simclr_nb.train.optim import LARS
+from simclr_nb.core.processes import kept_memory
 
 ARCHS, SIZE = ("resnet18", "resnet50"), 32
 LAYOUTS = dict(contiguous=torch.contiguous_format, channels_last=torch.channels_last)

@@ -12,10 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from simclr_nb.amdim import (AMDIM, AMDIMEncoder, Scales, amdim_parameters, receptive_fields,
-                             seen_pixels, split_scales)
-from simclr_nb.head import Projection
-from simclr_nb.nce import AMDIMLoss, amdim_loss, nce_scores, nce_term, soft_clip
+from simclr_nb.model.amdim import (
+    AMDIM,
+    AMDIMEncoder,
+    Scales,
+    amdim_parameters,
+    receptive_fields,
+    seen_pixels,
+    split_scales,
+)
+from simclr_nb.model.head import Projection
+from simclr_nb.loss.amdim import AMDIMLoss, amdim_loss, nce_scores, nce_term, soft_clip
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "amdim.json").read_text())
 RAW = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # the original's inputs are normalised already

@@ -12,18 +12,19 @@ from hypothesis import strategies as st
 from test_frozen import assert_same, digits, encoder, photos, state  # noqa: F401 (two are fixtures)
 from torch import nn
 
-from simclr_nb import amdim_evaluate
-from simclr_nb.amdim_evaluate import (
+from simclr_nb.evaluate import amdim as amdim_evaluate
+from simclr_nb.evaluate.amdim import (
     AMDIMClassifiers,
     AMDIMRecipe,
     amdim_evaluation,
     amdim_recipe,
     clipped_cross_entropy,
 )
-from simclr_nb.arrays import ImageArrays
-from simclr_nb.classifier import train_steps
-from simclr_nb.data import Source, simclr_dls
-from simclr_nb.evaluate import random_encoder
+from simclr_nb.images.arrays import ImageArrays
+from simclr_nb.evaluate.classifier import train_steps
+from simclr_nb.images.source import Source
+from simclr_nb.data import simclr_dls
+from simclr_nb.evaluate.features import random_encoder
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "amdim.json").read_text())
 QUICK = dict(epochs=2, bs=64, progress=False)

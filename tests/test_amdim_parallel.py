@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from processes import run
-from simclr_nb.amdim import AMDIM, AMDIMEncoder
-from simclr_nb.amdim_learner import amdim_learner
+from simclr_nb.model.amdim import AMDIM, AMDIMEncoder
+from simclr_nb.methods.amdim import amdim_learner
 from simclr_nb.data import simclr_dls
-from simclr_nb.dist import global_loss, sum_over_ranks, to_global_batch_norm
-from simclr_nb.microbatch import micro_batched, replace_norms
-from simclr_nb.nce import AMDIMLoss, nce_top1
-from simclr_nb.processes import shard_rows
+from simclr_nb.parallel.loss import global_loss
+from simclr_nb.core.gather import sum_over_ranks
+from simclr_nb.parallel.norm import to_global_batch_norm
+from simclr_nb.parallel.microbatch import micro_batched, replace_norms
+from simclr_nb.loss.amdim import AMDIMLoss, nce_top1
+from simclr_nb.core.processes import shard_rows
 from test_parallel import Rounded, close
 
 IMAGES = 8

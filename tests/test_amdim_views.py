@@ -8,18 +8,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from simclr_nb.augment import (
+from simclr_nb.views.policy import (
     Policy,
-    TwoViews,
     amdim_policy,
     cifar_policy,
     create_policy,
     supervised_policy,
 )
-from simclr_nb.color import ColorJitter, RandomGrayscale
-from simclr_nb.crop import RandomFlip, RandomResizedCrop, RandomTranslate, reflect_translate
+from simclr_nb.views.two_views import TwoViews
+from simclr_nb.views.color import ColorJitter, RandomGrayscale
+from simclr_nb.views.crop import RandomFlip, RandomResizedCrop, RandomTranslate, reflect_translate
 from simclr_nb.data import simclr_dls
-from simclr_nb.show import sample_photo
+from simclr_nb.core.show import sample_photo
 
 N = 1000
 SHARE = 3 * 0.5 / N**0.5  # three standard deviations of a share of about one half

@@ -11,8 +11,8 @@ from statistics import median
 import pytest
 import torch
 
-from simclr_nb.encoder import create_encoder
-from simclr_nb.loss import nt_xent
+from simclr_nb.model.encoder import create_encoder
+from simclr_nb.loss.contrastive import nt_xent
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SCRIPTS = [p for p in sorted(BENCHMARKS.glob("*.py")) if "\ndef main(" in p.read_text("utf-8")]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simclr_nb.checkpoint import find_checkpoints, latest_checkpoint, write_checkpoint
+from simclr_nb.train.checkpoint import find_checkpoints, latest_checkpoint, write_checkpoint
 
 LIVES = """
 import json, os, random, signal, sys, time
@@ -17,11 +17,11 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
-from simclr_nb.arrays import ArrayEpochLoader
-from simclr_nb.checkpoint import CheckpointCallback
+from simclr_nb.images.arrays import ArrayEpochLoader
+from simclr_nb.train.checkpoint import CheckpointCallback
 from simclr_nb.data import SimCLRDataLoaders, simclr_dls
 from simclr_nb.learner import simclr_learner
-from simclr_nb.processes import rank, world_size
+from simclr_nb.core.processes import rank, world_size
 
 EPOCHS, N, BS = 3, 192, 32
 dls = simclr_dls("cifar10", n_train=N, n_valid=64, seed=0, device="cpu", progress=False)
@@ -232,7 +232,7 @@ def test_not_a_number_stops_with_a_diagnosis(tmp_path, world):
 
 FULL = """
 import resource, sys, torch
-from simclr_nb.checkpoint import write_checkpoint
+from simclr_nb.train.checkpoint import write_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))     # as a disk with no more room
 try: write_checkpoint(sys.argv[1], 2, dict(x=torch.zeros(100_000)))
 except OSError as e: print(e)

@@ -21,8 +21,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from simclr_nb.cli import pretrain
-from simclr_nb.data import folder_source
-from simclr_nb.encoder import load_encoder
+from simclr_nb.images.source import folder_source
+from simclr_nb.model.encoder import load_encoder
 
 TINY = ["--width", "0.125", "--epochs", "1", "--size", "16", "--workers", "1"]
 SCRIPT = shutil.which("simclr-pretrain", path=str(Path(sys.executable).parent))

@@ -16,7 +16,9 @@ import json, sys
 from itertools import product
 import torch
 from torch import nn
-from simclr_nb.encoder import ARCHITECTURES, _shortcut_conv, create_encoder, memory_format_for
+from simclr_nb.model.encoder import ARCHITECTURES, create_encoder
+from simclr_nb.model.resnet import _shortcut_conv
+from simclr_nb.model.inputs import memory_format_for
 
 def error(layer, shape, rounds):
     "Largest error of the gradients of weight and input, as a share of the largest gradient."

@@ -15,9 +15,10 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
 from simclr_nb import data
-from simclr_nb.arrays import is_resident, read_image
-from simclr_nb.data import clean_loader, find_source, simclr_dls
-from simclr_nb.files import JpegLoader
+from simclr_nb.images.arrays import is_resident, read_image
+from simclr_nb.data import clean_loader, simclr_dls
+from simclr_nb.images.source import find_source
+from simclr_nb.images.files import JpegLoader
 
 FLOWER = Image.fromarray(load_sample_images().images[1]).resize((60, 40))
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torchvision.datasets as tv
 
-from simclr_nb import datasets
-from simclr_nb.datasets import TRANSFER_DATASETS, VOC_CLASSES, TransferData, load_transfer
+from simclr_nb.transfer import datasets
+from simclr_nb.transfer.datasets import TRANSFER_DATASETS, VOC_CLASSES, TransferData, load_transfer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import miniatures

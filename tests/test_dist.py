@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from processes import run
-from simclr_nb.dist import (GlobalBatchNorm, GlobalNTXent, batch_norms, gather_in_order,
-                            gather_rows, gather_views, global_loss, global_nt_xent, sum_over_ranks,
-                            to_global_batch_norm)
-from simclr_nb.encoder import create_encoder
-from simclr_nb.head import Projection, SimCLR, projection_head
-from simclr_nb.loss import nt_xent
-from simclr_nb.microbatch import micro_batched, replace_norms
-from simclr_nb.optim import LARS
-from simclr_nb.processes import is_main, rank, shard_rows, world_size
+from simclr_nb.parallel.norm import GlobalBatchNorm, batch_norms, to_global_batch_norm
+from simclr_nb.parallel.loss import GlobalNTXent, global_loss, global_nt_xent
+from simclr_nb.core.gather import gather_in_order, gather_rows, gather_views, sum_over_ranks
+from simclr_nb.model.encoder import create_encoder
+from simclr_nb.model.head import Projection, SimCLR, projection_head
+from simclr_nb.loss.contrastive import nt_xent
+from simclr_nb.parallel.microbatch import micro_batched, replace_norms
+from simclr_nb.train.optim import LARS
+from simclr_nb.core.processes import is_main, rank, shard_rows, world_size
 
 WORLDS = 1, 2, 4
 IMAGES, STEPS, TEMPERATURE = 16, 5, 0.2

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
 from simclr_nb.cli import evaluate
-from simclr_nb.datasets import TRANSFER_RESULTS
-from simclr_nb.encoder import create_encoder, save_encoder
-from simclr_nb.protocols import EvaluationConfig, run_evaluation
-from simclr_nb.result import load_result
+from simclr_nb.transfer.datasets import TRANSFER_RESULTS
+from simclr_nb.model.encoder import create_encoder, save_encoder
+from simclr_nb.run.evaluate import EvaluationConfig, run_evaluation
+from simclr_nb.evaluate.result import load_result
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from miniatures import MINIATURES
@@ -81,7 +81,7 @@ def test_list_of_labels(command, encoder, tmp_path):
 
 KILLED = """
 import os, signal
-from simclr_nb import protocols
+from simclr_nb.run import evaluate as protocols
 def kill(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
 protocols.logistic_accuracy = kill
 from simclr_nb.cli import evaluate

@@ -6,13 +6,14 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
 
-from simclr_nb.callback import RepresentCallback
+from simclr_nb.train.probes import RepresentCallback
 from simclr_nb.data import clean_loader, simclr_dls
-from simclr_nb.diagnose import represent
-from simclr_nb.encoder import create_encoder
-from simclr_nb.evaluate import encoder_features, knn_accuracy, linear_evaluation, logistic_accuracy
+from simclr_nb.measure.representations import represent
+from simclr_nb.model.encoder import create_encoder
+from simclr_nb.evaluate.features import encoder_features
+from simclr_nb.evaluate.frozen import knn_accuracy, linear_evaluation, logistic_accuracy
 from simclr_nb.learner import simclr_learner
-from simclr_nb.run import compare_with_baselines
+from simclr_nb.run.pretrain import compare_with_baselines
 
 
 def state(module: nn.Module) -> tuple[dict, dict]:

@@ -9,13 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator
 
-from simclr_nb.augment import POLICIES, TwoViews, create_policy
-from simclr_nb.color import ColorJitter, RandomGrayscale
+from simclr_nb.views.policy import POLICIES, create_policy
+from simclr_nb.views.two_views import TwoViews
+from simclr_nb.views.color import ColorJitter, RandomGrayscale
 from simclr_nb.data import simclr_dls
-from simclr_nb.distort import gaussian_blur, gaussian_taps
-from simclr_nb.fused import color_steps, compiled_policy, compiled_views, jitter_colors, shifted_sum
+from simclr_nb.views.distort import gaussian_blur, gaussian_taps
+from simclr_nb.views.compiled import (
+    color_steps,
+    compiled_policy,
+    compiled_views,
+    jitter_colors,
+    shifted_sum,
+)
 from simclr_nb.learner import simclr_learner
-from simclr_nb.loss import NTXent
+from simclr_nb.loss.tiled import NTXent
 
 
 @settings(deadline=None, max_examples=40)

@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from simclr_nb.encoder import create_encoder, encoder_stats
-from simclr_nb.head import projection_head
-from simclr_nb.loss import contrastive_accuracy, contrastive_entropy, contrastive_logits, nt_xent
-from simclr_nb.optim import LARS, official_steps, scale_lr, trust_ratio, warmup_cosine
+from simclr_nb.model.encoder import create_encoder, encoder_stats
+from simclr_nb.model.head import projection_head
+from simclr_nb.loss.contrastive import (
+    contrastive_accuracy,
+    contrastive_entropy,
+    contrastive_logits,
+    nt_xent,
+)
+from simclr_nb.train.optim import LARS, official_steps, scale_lr, trust_ratio, warmup_cosine
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "simclr.json").read_text())
 PARAMETERS = ("dense/kernel", "dense/bias", "batch_normalization/gamma")

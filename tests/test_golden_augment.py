@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_golden import GOLDEN, approx
 
-from simclr_nb.color import (
+from simclr_nb.views.color import (
     ColorJitter,
     RandomEqualize,
     RandomSolarize,
@@ -23,7 +23,7 @@ from simclr_nb.color import (
     adjust_saturation_hsv,
     grayscale,
 )
-from simclr_nb.crop import (
+from simclr_nb.views.crop import (
     INTERPOLATIONS,
     RandomResizedCrop,
     central_box,
@@ -32,7 +32,7 @@ from simclr_nb.crop import (
     sample_boxes,
     sample_boxes_tf,
 )
-from simclr_nb.distort import gaussian_blur
+from simclr_nb.views.distort import gaussian_blur
 
 TESTS = Path(__file__).parent
 NOTES = {"_about", "inputs"}  # words about the numbers, no numbers

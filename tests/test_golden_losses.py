@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_golden import GOLDEN, approx, inputs
 
-from simclr_nb.alternatives import margin_triplet, nt_logistic, nt_xent_one_view
+from simclr_nb.loss.alternatives import margin_triplet, nt_logistic, nt_xent_one_view
 
 OTHER = GOLDEN["other_losses"]
 KEYS = [(name, key) for name, cases in OTHER.items() for key in cases]

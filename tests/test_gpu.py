@@ -95,7 +95,7 @@ def test_cifar_recipe_is_that_of_the_study(monkeypatch):
     "Its settings are options, and what is given beside it counts more; other runs stay in a card."
     monkeypatch.syspath_prepend(BENCHMARKS)
     import gpu_cifar
-    from simclr_nb.speedrun import SPEED_RUNS
+    from simclr_nb.studies.speedrun import SPEED_RUNS
 
     run, seen = dict(settings={}), []
     monkeypatch.setattr(gpu_cifar, "measure", lambda args, piece: seen.append(args) or run)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 
-from simclr_nb import listing
-from simclr_nb.listing import IMAGE_SUFFIXES, index_images
+from simclr_nb.images import listing
+from simclr_nb.images.listing import IMAGE_SUFFIXES, index_images
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_a_cache_that_cannot_be_written_only_warns(tmp_path):
 MILLION = """
 import json, resource, sys, time
 from pathlib import Path
-from simclr_nb.listing import index_images
+from simclr_nb.images.listing import index_images
 start = time.perf_counter()
 found = index_images(sys.argv[1], cache=sys.argv[2])
 opened = time.perf_counter() - start

@@ -6,8 +6,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from simclr_nb.data import simclr_dls
-from simclr_nb.evaluate import encoder_features, random_encoder
-from simclr_nb.logistic import L2_STRENGTHS, fit_logistic
+from simclr_nb.evaluate.features import encoder_features, random_encoder
+from simclr_nb.evaluate.logistic import L2_STRENGTHS, fit_logistic
 
 TOL = 1e-13  # of the gradient: at 1e-6, weights hardly change the loss, and need all digits
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from processes import GIVE_BACK
-from simclr_nb.loss import NTXent, contrastive_logits, nt_xent, tiled_nt_xent, unit_vectors
+from simclr_nb.loss.tiled import NTXent, tiled_nt_xent
+from simclr_nb.loss.contrastive import contrastive_logits, nt_xent, unit_vectors
 
 LOSSES = dict(dense=nt_xent, tiled=tiled_nt_xent, tiles_of_5=partial(tiled_nt_xent, tile=5))
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -262,7 +263,7 @@ def test_ten_thousand_rows(temperature):
 
 PEAK = """
 import sys, torch
-from simclr_nb.loss import tiled_nt_xent
+from simclr_nb.loss.tiled import tiled_nt_xent
 torch.set_num_threads(1)
 def step(n): tiled_nt_xent(torch.randn(2 * n, 64).requires_grad_()).backward()
 def held(field):

@@ -13,12 +13,15 @@ from torch.distributed import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from processes import GIVE_BACK, run
-from simclr_nb.dist import GlobalNTXent, sum_over_ranks, to_global_batch_norm
-from simclr_nb.encoder import create_encoder
-from simclr_nb.head import SimCLR, projection_head
-from simclr_nb.loss import NTXent, nt_xent, tiled_nt_xent
-from simclr_nb.microbatch import accumulate_gradients, micro_batched, replace_norms
-from simclr_nb.processes import shard_rows, world_size
+from simclr_nb.parallel.loss import GlobalNTXent
+from simclr_nb.core.gather import sum_over_ranks
+from simclr_nb.parallel.norm import to_global_batch_norm
+from simclr_nb.model.encoder import create_encoder
+from simclr_nb.model.head import SimCLR, projection_head
+from simclr_nb.loss.tiled import NTXent, tiled_nt_xent
+from simclr_nb.loss.contrastive import nt_xent
+from simclr_nb.parallel.microbatch import accumulate_gradients, micro_batched, replace_norms
+from simclr_nb.core.processes import shard_rows, world_size
 
 IMAGES = 12
 
@@ -108,10 +111,10 @@ def test_loss_that_fails_leaves_the_model_alone():
 
 PEAK = """
 import sys, torch
-from simclr_nb.encoder import create_encoder
-from simclr_nb.head import SimCLR, projection_head
-from simclr_nb.loss import NTXent
-from simclr_nb.microbatch import micro_batched, replace_norms
+from simclr_nb.model.encoder import create_encoder
+from simclr_nb.model.head import SimCLR, projection_head
+from simclr_nb.loss.tiled import NTXent
+from simclr_nb.parallel.microbatch import micro_batched, replace_norms
 torch.set_num_threads(1)
 encoder = create_encoder("resnet18", width=0.125, stem="cifar")
 model = replace_norms(SimCLR(encoder, projection_head(encoder.out_dim)))

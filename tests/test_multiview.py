@@ -14,8 +14,8 @@ from hypothesis import given, settings, strategies as st
 from sklearn.cross_decomposition import CCA as SklearnCCA
 from sklearn.linear_model import RidgeCV
 
-from simclr_nb.bounds import gaussian_critic, infonce_bound, location_bound, nominal_bound
-from simclr_nb.multiview import (
+from simclr_nb.theory.bounds import gaussian_critic, infonce_bound, location_bound, nominal_bound
+from simclr_nb.theory.correlation import (
     STRENGTHS,
     _left_out_error,
     canonical_probe,

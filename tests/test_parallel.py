@@ -20,7 +20,7 @@ from torch import Tensor
 from processes import run
 from simclr_nb.data import simclr_dls
 from simclr_nb.learner import simclr_learner
-from simclr_nb.microbatch import replace_norms
+from simclr_nb.parallel.microbatch import replace_norms
 
 DIGITS = "digits --epochs 3 --n-train 256 --n-valid 64 --bs 64 --width 0.125".split()
 

@@ -16,10 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from processes import GIVE_BACK
 from simclr_nb.cli import config_parser
-from simclr_nb.cost import LINKS, communication, count_encoder, count_step, memory_parts
-from simclr_nb.encoder import create_encoder, encoder_stem
-from simclr_nb.head import SimCLR, projection_head
-from simclr_nb.plan import DEVICES, PlanConfig, measure_device, op_seconds, run_plan
+from simclr_nb.plan.cost import LINKS, communication, count_encoder, count_step, memory_parts
+from simclr_nb.model.encoder import create_encoder
+from simclr_nb.model.resnet import encoder_stem
+from simclr_nb.model.head import SimCLR, projection_head
+from simclr_nb.plan.devices import DEVICES, measure_device
+from simclr_nb.plan.plan import PlanConfig, op_seconds, run_plan
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 DATA_SHEET = [name for name in DEVICES if "bf16" in DEVICES[name].peak]

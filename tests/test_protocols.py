@@ -19,18 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from simclr_nb.data import SimCLRDataLoaders, clean_loader, simclr_dls
-from simclr_nb.diagnose import represent
-from simclr_nb.encoder import create_encoder
-from simclr_nb.evaluate import (
-    Features,
-    encoder_features,
-    knn_accuracy,
-    linear_evaluation,
-    logistic_accuracy,
-)
-from simclr_nb.finetune import finetune
-from simclr_nb.logistic import L2_STRENGTHS
-from simclr_nb.result import Result
+from simclr_nb.measure.representations import represent
+from simclr_nb.model.encoder import create_encoder
+from simclr_nb.evaluate.features import Features, encoder_features
+from simclr_nb.evaluate.frozen import knn_accuracy, linear_evaluation, logistic_accuracy
+from simclr_nb.evaluate.tuning import finetune
+from simclr_nb.evaluate.logistic import L2_STRENGTHS
+from simclr_nb.evaluate.result import Result
 
 SEALED = 10**12  # above any class; and the row is added
 # Operations that move values and do not look at them (names as PyTorch's dispatcher has them)

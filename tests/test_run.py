@@ -23,7 +23,7 @@ from sklearn.datasets import load_sample_images
 
 from simclr_nb.cli import pretrain
 from simclr_nb.data import simclr_dls
-from simclr_nb.encoder import load_encoder
+from simclr_nb.model.encoder import load_encoder
 from simclr_nb.learner import simclr_learner
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,12 +26,12 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from simclr_nb import shards
-from simclr_nb.crop import RandomResizedCrop
-from simclr_nb.files import ImageFiles, read_pixels
-from simclr_nb.loader import EpochLoader, epoch_order, rank_batches
-from simclr_nb.pack import verify_shards, write_shards
-from simclr_nb.shards import expand_shards, fetch, open_shards
+from simclr_nb.images import shards
+from simclr_nb.views.crop import RandomResizedCrop
+from simclr_nb.images.files import ImageFiles, read_pixels
+from simclr_nb.images.epochs import EpochLoader, epoch_order, rank_batches
+from simclr_nb.images.pack import verify_shards, write_shards
+from simclr_nb.images.shards import expand_shards, fetch, open_shards
 
 FLOWER = load_sample_images().images[1]
 
@@ -315,7 +315,7 @@ def test_without_fsspec_local_shards_need_nothing(folder, tmp_path, monkeypatch)
 
 DEADLY = """
 import os, signal, sys, time, torch
-from simclr_nb.loader import EpochLoader
+from simclr_nb.images.epochs import EpochLoader
 
 class Deadly:
     def __len__(self): return 64
@@ -354,7 +354,7 @@ def content(out: Path) -> dict:
 
 CONVERT = """
 import sys
-from simclr_nb.pack import write_shards
+from simclr_nb.images.pack import write_shards
 print("ready", flush=True)
 write_shards(sys.argv[1], sys.argv[2], max_count=4, progress=False)
 """
@@ -388,7 +388,7 @@ def test_a_conversion_killed_at_any_moment_goes_on(images, tmp_path):
 def test_goes_on_where_it_was(images, tmp_path, monkeypatch):
     out, write, written = tmp_path / "out", shards.scan_shards, []
     write_shards(images, tmp_path / "whole", max_count=10)
-    from simclr_nb import pack
+    from simclr_nb.images import pack
     fill = pack._fill
 
     def failing(*args):

@@ -7,19 +7,21 @@ import torch
 from scipy.stats import ks_2samp, kstest, permutation_test as scipy_permutation_test
 from sklearn.metrics import balanced_accuracy_score, recall_score, top_k_accuracy_score
 
-from simclr_nb.comparison import compare
-from simclr_nb.result import accuracy_result
-from simclr_nb.significance import (
+from simclr_nb.evaluate.comparison import compare
+from simclr_nb.evaluate.result import accuracy_result
+from simclr_nb.measure.metrics import (
     average_precision_11,
-    bootstrap_interval,
     class_weights,
     mean_average_precision_11,
     mean_per_class_accuracy,
     multi_label_correct,
+    top_k_accuracy,
+)
+from simclr_nb.measure.intervals import bootstrap_interval
+from simclr_nb.evaluate.significance import (
     permutation_differences,
     permutation_test,
     permutation_test_metric,
-    top_k_accuracy,
 )
 
 SEEDS = pytest.mark.parametrize("seed", range(20))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from simclr_nb.run import RunConfig, run_pretraining
+from simclr_nb.run.pretrain import RunConfig, run_pretraining
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,12 +11,24 @@ import pytest
 import torch
 from torch import nn
 
-from simclr_nb import transfer
-from simclr_nb.data import digits_source
-from simclr_nb.datasets import TRANSFER_DATASETS, TransferData, TransferSplit, load_transfer
-from simclr_nb.encoder import create_encoder
-from simclr_nb.search import Grid, Journal, bn_momentum, transfer_grid
-from simclr_nb.transfer import finetune_transfer, linear_transfer, transfer_result, transfer_table
+from simclr_nb.transfer import transfer
+from simclr_nb.images.source import digits_source
+from simclr_nb.transfer.datasets import (
+    TRANSFER_DATASETS,
+    TransferData,
+    TransferSplit,
+    load_transfer,
+)
+from simclr_nb.model.encoder import create_encoder
+from simclr_nb.transfer.search import Grid, transfer_grid
+from simclr_nb.evaluate.journal import Journal
+from simclr_nb.evaluate.classifier import bn_momentum
+from simclr_nb.transfer.transfer import (
+    finetune_transfer,
+    linear_transfer,
+    transfer_result,
+    transfer_table,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from miniatures import MINIATURES
