@@ -4,23 +4,24 @@ export MPLBACKEND := agg
 # two notebooks at a time, one core each: more threads than cores are slower than one
 RUN := OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 # a process in which anything was compiled cannot fork to others that train, so this one runs alone
-COMPILES := 01e_fused
+COMPILES := nbs/views/06_compiled.ipynb
+OTHERS := --skip-file-re '^([_.]|$(basename $(notdir $(COMPILES))))'
 BENCH := augment decode photos loss step end_to_end scaling knn evaluation plan footprint logistic
 .PHONY: test slow docs check bench
 
 test:  # every notebook, then every test that takes less than a minute
-	$(RUN) --skip-file-re '^([_.]|$(COMPILES))'
-	$(RUN) nbs/$(COMPILES).ipynb
+	$(RUN) $(OTHERS)
+	$(RUN) $(COMPILES)
 	python -m pytest -q -m "not slow"
 
 slow:  # the rest: cells marked `slow`, tests marked slow
-	$(RUN) --flags slow --cell-timeout 1800 --skip-file-re '^([_.]|$(COMPILES))'
+	$(RUN) --flags slow --cell-timeout 1800 $(OTHERS)
 	python -m pytest -q -m slow
 
 docs:  # modules, outputs, docs/ and README.md from the notebooks
 	nbdev-export
-	$(RUN) --save --skip-file-re '^([_.]|$(COMPILES))'
-	$(RUN) --save nbs/$(COMPILES).ipynb
+	$(RUN) --save $(OTHERS)
+	$(RUN) --save $(COMPILES)
 	nbdev-clean
 	python tools/build_docs.py
 

@@ -18,7 +18,7 @@ from simclr_nb.model.amdim import (
     Scales,
     amdim_parameters,
     receptive_fields,
-    seen_pixels,
+    _seen_pixels,
     split_scales,
 )
 from simclr_nb.model.head import Projection
@@ -244,9 +244,9 @@ def test_receptive_fields_by_gradients(size):
     for side in (7, 5, 1):
         seen, step = fields[side]
         for row in range(0, side, 2):
-            box = seen_pixels(encoder, side, row, side - 1)
+            box = _seen_pixels(encoder, side, row, side - 1)
             assert box == (start + row * step, start + (side - 1) * step, seen, seen)
-    with pytest.raises(ValueError, match="side 7, 5 or 1"): seen_pixels(encoder, 3)
+    with pytest.raises(ValueError, match="side 7, 5 or 1"): _seen_pixels(encoder, 3)
 
 
 def features(n=6, dim=8, seed=0):

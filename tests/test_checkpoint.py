@@ -1,14 +1,16 @@
 "Runs that are killed, stopped, short of disk or spoilt: each goes on, or says what is wrong."
 import json
 import os
+import resource
 import signal
 import subprocess
-import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+from processes import script, start
 from simclr_nb.train.checkpoint import find_checkpoints, latest_checkpoint, write_checkpoint
 
 LIVES = """
@@ -23,8 +25,9 @@ from simclr_nb.data import SimCLRDataLoaders, simclr_dls
 from simclr_nb.learner import simclr_learner
 from simclr_nb.core.processes import rank, world_size
 
+data, root, world, n_kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 EPOCHS, N, BS = 3, 192, 32
-dls = simclr_dls("cifar10", n_train=N, n_valid=64, seed=0, device="cpu", progress=False)
+dls = simclr_dls(data, n_train=N, n_valid=64, seed=0, device="cpu", progress=False)
 
 class Seen(Callback):
     "Notes the images of each step that was finished, in each life."
@@ -88,13 +91,15 @@ def first_state(folder, pids):
 def end(pids):
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     return codes[0] if len(codes) == 1 else codes
+
+def all_ended(code): return code if world == 1 else [code] * world
+
+began = time.monotonic()
+assert end(start(root / "whole", world=world)) == all_ended(0)
+took = time.monotonic() - began
 """
 
-KILLS = LIVES + """
-root, n_kills, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-began = time.monotonic()
-assert end(start(root / "whole", world=world)) in (0, [0] * world)
-took = time.monotonic() - began
+KILLED = """
 rng, kills, writes, finished = random.Random(7), 0, 0, 0
 
 def dies_writing(left):
@@ -124,17 +129,50 @@ while kills < n_kills or not is_over(root / f"{finished}"):
     killed = -9 in codes
     kills += killed
     assert set(codes) <= ({0, -9, 1} if killed else {0}), codes
-print(json.dumps(dict(kills=kills, runs=finished + 1)))
+(root / "killed.json").write_text(json.dumps(dict(kills=kills, runs=finished + 1)))
+"""
+
+TERMINATED = """
+pids = start(root / "cut", world=world)
+first_state(root / "cut", pids)
+os.kill(pids[-1], signal.SIGTERM)                             # one is asked, all stop
+assert end(pids) == all_ended(143)
+assert end(start(root / "cut", world=world)) == all_ended(0)
+"""
+
+ELASTIC = """
+pids = start(root / "fewer", world=2)
+first_state(root / "fewer", pids)
+os.kill(pids[0], signal.SIGKILL)
+assert end(pids)[0] == -9
+assert end(start(root / "fewer")) == 0                        # goes on in one process
+"""
+
+SPOILT = """
+assert end(start(root / "nan", nan=4, world=world)) == all_ended(1)
+assert end(start(root / "nan", world=world)) == all_ended(0)  # without the fault it goes on
 """
 
 
-def run(script: str, *args, code: int = 0) -> str:
-    "Output of a script in a process of its own."
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, *map(str, args)], env=env,
-                          capture_output=True, text=True, timeout=900)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+def run(root: Path, data: str, world: int, kills: int, **scenarios: str) -> dict[str, str]:
+    "What the lives of each scenario print, in processes that one process starts."
+    parts = [f"print('== {name}', flush=True)\n{text}" for name, text in scenarios.items()]
+    (path := root / "lives.py").write_text(LIVES + "".join(parts))
+    code, told = script(path, data, root, world, kills, log=root / "log", timeout=900)
+    assert code == 0, told
+    return dict(part.split("\n", 1) for part in told.split("== ")[1:])
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory):
+    "Folder of the runs of a number of processes, and what they printed; they run once."
+    @cache
+    def both(world: int) -> tuple[Path, dict]:
+        root = tmp_path_factory.mktemp("lives")
+        scenarios = dict(killed=KILLED, terminated=TERMINATED, spoilt=SPOILT)
+        if world == 2: scenarios["elastic"] = ELASTIC
+        return root, run(root, "digits", world, 6, **scenarios)
+    return both
 
 
 def seen(folder: Path, world: int = 1) -> dict[int, list[int]]:
@@ -155,50 +193,42 @@ def same_end(a: Path, b: Path, world: int = 1) -> None:
         for name in first: assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_kills_change_nothing(tmp_path, world):
-    "20 kills at random moments and in the middle of writing: the same end, to the last bit."
-    told = json.loads(run(KILLS, tmp_path, 20, world).splitlines()[-1])
-    assert told["kills"] >= 20
+def check_kills(root: Path, world: int, least: int):
+    "Every run ends as the one that nobody killed, to the last bit."
+    told = json.loads((root / "killed.json").read_text())
+    assert told["kills"] >= least
     for i in range(told["runs"]):
-        same_end(tmp_path / "whole", tmp_path / f"{i}", world)
-        for rows in seen(tmp_path / f"{i}", world).values(): assert sorted(rows) == list(range(192))
-        assert len(seen(tmp_path / f"{i}", world)) == 3
-        assert not list((tmp_path / f"{i}" / "state").glob(".*.tmp"))
-
-
-TERMINATED = LIVES + """
-root, world = Path(sys.argv[1]), int(sys.argv[2])
-all_ended = lambda code: code if world == 1 else [code] * world
-assert end(start(root / "whole", world=world)) == all_ended(0)
-pids = start(root / "cut", world=world)
-first_state(root / "cut", pids)
-os.kill(pids[-1], signal.SIGTERM)                             # one is asked, all stop
-assert end(pids) == all_ended(143)
-assert end(start(root / "cut", world=world)) == all_ended(0)
-"""
+        same_end(root / "whole", root / f"{i}", world)
+        for rows in seen(root / f"{i}", world).values(): assert sorted(rows) == list(range(192))
+        assert len(seen(root / f"{i}", world)) == 3
+        assert not list((root / f"{i}" / "state").glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_asked_to_stop_it_saves_and_goes_on_later(tmp_path, world):
-    assert run(TERMINATED, tmp_path, world).count("asked to stop (SIGTERM): the state is in") == 1
-    same_end(tmp_path / "whole", tmp_path / "cut", world)
+def test_kills_change_nothing(lives, world):
+    "6 kills at random moments and in the middle of writing."
+    check_kills(lives(world)[0], world, 6)
 
 
-ELASTIC = LIVES + """
-root = Path(sys.argv[1])
-pids = start(root / "cut", world=2)
-first_state(root / "cut", pids)
-os.kill(pids[0], signal.SIGKILL)
-assert end(pids)[0] == -9
-assert end(start(root / "cut")) == 0                          # goes on in one process
-"""
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_many_kills_change_nothing(tmp_path, cifar10, world):
+    "20 kills, of a run with the larger images of CIFAR-10."
+    run(tmp_path, "cifar10", world, 20, killed=KILLED)
+    check_kills(tmp_path, world, 20)
 
 
-def test_goes_on_in_fewer_processes(tmp_path):
+@pytest.mark.parametrize("world", [1, 2])
+def test_asked_to_stop_it_saves_and_goes_on_later(lives, world):
+    root, told = lives(world)
+    assert told["terminated"].count("asked to stop (SIGTERM): the state is in") == 1
+    same_end(root / "whole", root / "cut", world)
+
+
+def test_goes_on_in_fewer_processes(lives):
     "With the same batch of all; no image is seen twice or left out."
-    run(ELASTIC, tmp_path)
-    one, two = tmp_path / "cut" / "seen0.jsonl", tmp_path / "cut" / "seen1.jsonl"
+    root, _ = lives(2)
+    one, two = root / "fewer" / "seen0.jsonl", root / "fewer" / "seen1.jsonl"
     steps = {}
     for line in two.read_text().splitlines() + one.read_text().splitlines():
         epoch, step, rows = json.loads(line)
@@ -209,39 +239,33 @@ def test_goes_on_in_fewer_processes(tmp_path):
         assert sorted(sum(last + halves, [])) == list(range(192))
 
 
-SPOILT = LIVES + """
-root, world = Path(sys.argv[1]), int(sys.argv[2])
-all_ended = lambda code: code if world == 1 else [code] * world
-assert end(start(root / "nan", nan=4, world=world)) == all_ended(1)
-assert end(start(root / "nan", world=world)) == all_ended(0)  # without the fault it goes on
-assert end(start(root / "whole", world=world)) == all_ended(0)
-"""
-
-
 @pytest.mark.parametrize("world", [1, 2])
-def test_not_a_number_stops_with_a_diagnosis(tmp_path, world):
+def test_not_a_number_stops_with_a_diagnosis(lives, world):
     "On the last rank; all say so and stop."
-    told, last = run(SPOILT, tmp_path, world), world - 1
-    rows = json.loads((tmp_path / "whole" / f"seen{last}.jsonl").read_text().splitlines()[4])[2][:8]
+    (root, told), last = lives(world), world - 1
+    told = told["spoilt"]
+    rows = json.loads((root / "whole" / f"seen{last}.jsonl").read_text().splitlines()[4])[2][:8]
     assert told.count("FloatingPointError") == world
     assert told.count("the projections are not finite at epoch 0, step 4, learning rate") == world
     assert told.count(f"rank {last}, images {', '.join(map(str, rows))}, ...") == world
     assert told.count("the last good state is") == told.count("step-000000004") == world
-    same_end(tmp_path / "whole", tmp_path / "nan", world)
+    same_end(root / "whole", root / "nan", world)
 
 
-FULL = """
-import resource, sys, torch
-from simclr_nb.train.checkpoint import write_checkpoint
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))     # as a disk with no more room
-try: write_checkpoint(sys.argv[1], 2, dict(x=torch.zeros(100_000)))
-except OSError as e: print(e)
-"""
+def fill_the_disk(folder: str):
+    "As a disk with no more room."
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    try: write_checkpoint(folder, 2, dict(x=torch.zeros(100_000)))
+    except OSError as e: print(e, flush=True)
 
 
 def test_no_room_left(tmp_path):
     write_checkpoint(tmp_path, 1, dict(x=torch.ones(3)))
-    told = run(FULL, tmp_path)
+    log = tmp_path / "log"
+    process = start(log, fill_the_disk, str(tmp_path))
+    process.join(60)
+    assert process.exitcode == 0
+    told = log.read_text()
     assert "cannot write a checkpoint" in told and "step-000000001" in told and "still there" in told
     assert [p.name[:14] for p in find_checkpoints(tmp_path)] == ["step-000000001"]
     assert torch.equal(latest_checkpoint(tmp_path)["x"], torch.ones(3))

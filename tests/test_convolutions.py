@@ -16,8 +16,8 @@ import json, sys
 from itertools import product
 import torch
 from torch import nn
-from simclr_nb.model.encoder import ARCHITECTURES, create_encoder
-from simclr_nb.model.resnet import _shortcut_conv
+from simclr_nb.model.encoder import create_encoder
+from simclr_nb.model.resnet import DEPTHS, _shortcut_conv
 from simclr_nb.model.inputs import memory_format_for
 
 def error(layer, shape, rounds):
@@ -50,7 +50,7 @@ def shapes():
 
 def networks():
     "Each convolution of each network of the package, once."
-    names = [(arch, dict(width=w, stem=stem), size) for arch in ARCHITECTURES
+    names = [(f"resnet{d}", dict(width=w, stem=stem), size) for d in DEPTHS
              for w in (1/16, 1/8, 1/4, 1/2, 1) for stem, size in (("cifar", 32), ("imagenet", 64))]
     names += [(f"resnet{d}", dict(width=w, stem="cifar", shortcut="projection"), 32)
               for d in (18, 50) for w in (1/16, 1)]

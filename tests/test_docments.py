@@ -12,7 +12,8 @@ from fastcore.docments import docments
 from torch import Tensor
 
 PACKAGE = Path(__file__).resolve().parent.parent / "simclr_nb"
-MODULES = sorted(p.stem for p in PACKAGE.glob("[!_]*.py"))
+MODULES = sorted(p.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+                 for p in PACKAGE.rglob("[!_]*.py"))
 SHAPE = re.compile(r"`\(.*?\)`|scalar|any shape|same shape|broadcast", re.I | re.S)
 
 
@@ -85,7 +86,7 @@ def test_arguments(name, thing):
 @pytest.mark.parametrize("name, method", METHODS, ids=ids(METHODS))
 def test_methods(name, method):
     "A docstring, unless it overrides one that has its own, and types of all arguments."
-    owner = name.split(".")[1]
+    owner = name.split(".")[-2]
     cls = next(c for n, c in CALLABLES if n == name.rsplit(".", 1)[0])
     inherited = any(hasattr(base, method.__name__) for base in cls.__mro__[1:])
     hooks = r"(before|after)_\w+|forward|create_batches|show_batch|new_empty|to_(fp16|bf16|fp32)"

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
 from simclr_nb.cli import evaluate
-from simclr_nb.transfer.datasets import TRANSFER_RESULTS
+from simclr_nb.transfer.table import TRANSFER_RESULTS
 from simclr_nb.model.encoder import create_encoder, save_encoder
 from simclr_nb.run.evaluate import EvaluationConfig, run_evaluation
 from simclr_nb.evaluate.result import load_result

@@ -3,9 +3,7 @@
 Nothing here looks at a speed. What a GPU alone can show is not tested, and nowhere stated.
 """
 import json
-import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 
+from processes import script
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 AGAIN = 75  # exit status of a piece that is not the last
 CIFAR = dict(data="digits", device="cpu", width=0.0625, batch=64, n_train=320, n_valid=128,
@@ -24,23 +24,21 @@ STEP = dict(device="cpu", arch="resnet18", width=0.0625, size=32, micro=2, repea
             precision="fp32")
 
 
-def call(script: str, out: Path, **options) -> tuple[int, str]:
-    "Exit status, and what was printed, of one piece."
-    env = dict(os.environ, OMP_NUM_THREADS="1")
+def call(name: str, out: Path, log: Path, **options) -> tuple[int, str]:
+    "Exit status, and what was printed, of one piece, which is a process of its own."
     options |= dict(out=out, output=out.with_suffix(".json"))
-    command = [sys.executable, "-W", "ignore", BENCHMARKS / script]
-    for name, value in options.items():
-        values = value if isinstance(value, list) else [value]
-        command += [f"--{name}", *map(str, values)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode in (0, AGAIN), done.stdout + done.stderr
-    return done.returncode, done.stdout
+    argv = []
+    for option, value in options.items():
+        argv += [f"--{option}", *(value if isinstance(value, list) else [value])]
+    code, printed = script(BENCHMARKS / name, *argv, log=log)
+    assert code in (0, AGAIN), printed
+    return code, printed
 
 
-def pieces(script: str, out: Path, most: int = 12, **options) -> int:
+def pieces(name: str, out: Path, most: int = 12, **options) -> int:
     "Call the same command until all is done; how often it took."
     for i in range(1, most + 1):
-        code, printed = call(script, out, **options)
+        code, printed = call(name, out, out.with_suffix(f".{i}.log"), **options)
         if not code: return i
         assert "the same command goes on" in printed
     raise AssertionError(f"not done after {most} pieces")
@@ -142,10 +140,10 @@ def test_cifar_from_the_official_archive(tmp_path, monkeypatch):
     assert len(source.train) == 20
 
 
-def test_cifar_refuses_another_run_in_its_folder(whole):
-    command = [sys.executable, BENCHMARKS / "gpu_cifar.py", "--out", whole, "--device", "cpu"]
-    done = subprocess.run([*command, "--data", "digits"], capture_output=True, text=True)
-    assert done.returncode == 1 and "holds a run with" in done.stderr
+def test_cifar_refuses_another_run_in_its_folder(whole, tmp_path):
+    options = ["--out", whole, "--device", "cpu", "--data", "digits"]
+    code, told = script(BENCHMARKS / "gpu_cifar.py", *options, log=tmp_path / "log")
+    assert code == 1 and "holds a run with" in told
 
 
 def test_cifar_piece_without_time_makes_a_step(tmp_path):

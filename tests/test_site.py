@@ -1,17 +1,21 @@
 "The site in docs/: complete, whole without a network, and right in a browser, wide and narrow."
 import functools
+import html
 import http.server
 import json
 import re
+import sys
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+from wings import WINGS
+
 SITE = ROOT / "docs"
 PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html"))
 NOTEBOOKS = sorted(p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb")
@@ -46,16 +50,17 @@ class Page(HTMLParser):
 def parsed(page: str) -> Page: return Page(page)
 
 
-def sidebar(contents) -> list[str]:
-    "Every notebook that a sidebar's contents name."
-    lists = [[e] if isinstance(e, str) else sidebar(e["contents"]) for e in contents]
-    return sum(lists, [])
-
-
 def test_every_notebook_is_a_page_and_in_the_sidebar():
-    config = yaml.safe_load((ROOT / "nbs/_quarto.yml").read_text(encoding="utf-8"))
-    assert sorted(sidebar(config["website"]["sidebar"]["contents"])) == NOTEBOOKS
     assert sorted(map(page_of, NOTEBOOKS)) == PAGES
+    text = (SITE / "index.html").read_text(encoding="utf-8")
+    sidebar = text[text.index('id="quarto-sidebar"'):text.index("<main")]
+    links = [link.removeprefix("./") for link in re.findall(r'href="([^"#]+\.html)"', sidebar)]
+    assert sorted(set(links)) == PAGES
+    for title, purpose in filter(None, WINGS.values()):  # each wing says what it is for
+        assert f'{html.escape(title)} <span class="wing">{html.escape(purpose)}</span>' in sidebar
+    in_order = [page for page in links if "/" in page and not page.startswith("tutorials")]
+    wings = list(dict.fromkeys(page.split("/")[0] for page in in_order))
+    assert wings == [wing for wing, about in WINGS.items() if about]
 
 
 @pytest.mark.parametrize("page", PAGES)

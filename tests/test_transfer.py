@@ -23,12 +23,8 @@ from simclr_nb.model.encoder import create_encoder
 from simclr_nb.transfer.search import Grid, transfer_grid
 from simclr_nb.evaluate.journal import Journal
 from simclr_nb.evaluate.classifier import bn_momentum
-from simclr_nb.transfer.transfer import (
-    finetune_transfer,
-    linear_transfer,
-    transfer_result,
-    transfer_table,
-)
+from simclr_nb.transfer.table import transfer_table
+from simclr_nb.transfer.transfer import finetune_transfer, linear_transfer, transfer_result
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from miniatures import MINIATURES

@@ -29,8 +29,9 @@ from nbdev import doclinks
 from nbdev.config import get_config
 from nbdev.processors import FilterDefaults
 
-ROOT = Path(__file__).resolve().parent.parent
-NUMBER = re.compile(r"^\d+[a-zA-Z0-9]*_")  # `05_loss` is the page `loss`, as in nbdev's links
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from wings import NUMBER, ROOT, WINGS, rooms
+
 OUTSIDE = re.compile(r"^\s*(?:[a-z][a-z0-9+.-]*:)?//|^\s*(?:mailto|ftp):", re.I)
 URL = re.compile(r"(?:url\(|@import\s+(?!url))\s*['\"]?([^'\")\s;]+)")
 WEB_FONT = re.compile(r"@import url\([^)]*\);?")  # the theme's; the system's fonts serve as well
@@ -45,6 +46,36 @@ SPAN = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</spa
 
 
 def bare(path: Path) -> Path: return path.with_name(NUMBER.sub("", path.name))
+
+
+def title(notebook: Path) -> str:
+    "Title of a notebook: the heading of its first cell."
+    return "".join(read_nb(notebook).cells[0].source).splitlines()[0].removeprefix("# ")
+
+
+def wing_table() -> str:
+    "The table of the index: a row for each wing, its rooms as links."
+    lines = ["| wing | what it is for | rooms |", "|---|---|---|"]
+    for wing, about in WINGS.items():
+        if about is None: continue
+        links = [f"[{title(path)}]({wing}/{path.name})" for path in rooms(wing)]
+        lines.append(f"| {about[0]} | {about[1]} | {', '.join(links)} |")
+    return "\n".join(lines)
+
+
+def sidebar() -> list:
+    "Contents of the sidebar: the index, the tutorials, then wing by wing."
+    def pages(folder): return [f"{folder}/{path.name}" for path in rooms(folder)]
+    wings = [{"section": f"{about[0]}: {about[1]}", "contents": pages(wing)}
+             for wing, about in WINGS.items() if about]
+    return ["index.ipynb", {"section": "Tutorials", "contents": pages("tutorials")}, *wings]
+
+
+def with_sidebar(text: str) -> str:
+    "The site's configuration with the contents of the sidebar."
+    config = yaml.safe_load(text)
+    config["website"]["sidebar"]["contents"] = sidebar()
+    return yaml.safe_dump(config, sort_keys=False)
 
 
 def own_names_only():
@@ -68,7 +99,8 @@ def processed(path: Path):
     try: FilterDefaults()(nb)
     except UserWarning as warning: raise SystemExit(f"{path.name}: {warning}") from None
     for cell in nb.cells:
-        if cell.cell_type == "markdown": cell.source = renumbered(cell.source)
+        if cell.cell_type == "markdown":
+            cell.source = renumbered(cell.source.replace("<!-- wings -->", wing_table()))
         if cell.cell_type == "raw": cell.source = re.sub(r"(?m)^output-file: .*\n", "", cell.source)
         for out in cell.get("outputs", []):  # a terminal goes back to the start of the line at \r
             if "text" in out: out["text"] = re.sub(r"[^\n]*\r", "", "".join(out["text"]))
@@ -84,7 +116,8 @@ def stage(nbs: Path, dst: Path):
         if src.suffix == ".ipynb":
             if bare(out).exists(): raise SystemExit(f"{rel}: another notebook is {bare(rel)} too")
             write_nb(processed(src), bare(out))
-        elif src.suffix == ".yml": out.write_text(renumbered(src.read_text("utf-8")), "utf-8")
+        elif src.name == "_quarto.yml":
+            out.write_text(renumbered(with_sidebar(src.read_text("utf-8"))), "utf-8")
         else: shutil.copy(src, out)
 
 
@@ -153,6 +186,9 @@ def build(tmp: Path) -> tuple[Path, str]:
     if built.warnings: raise SystemExit("\n".join(built.warnings))
     for page in built.out.rglob("*.html"):
         body = KATEX.sub("", page.read_text("utf-8"))
+        for wing, purpose in filter(None, WINGS.values()):  # what a wing is for, on a line of its own
+            body = body.replace(html.escape(f"{wing}: {purpose}"),
+                                f'{wing} <span class="wing">{html.escape(purpose)}</span>')
         page.write_text(SPAN.sub(mathml, body), "utf-8")
     for css in (built.out / "site_libs/themes").glob("*.css"):
         css.write_text(WEB_FONT.sub("", css.read_text("utf-8")), "utf-8")

@@ -106,8 +106,8 @@ def shard_rows(
 ) -> range:  # Its rows
     "The rows that belong to a rank, each row to one; raises `ValueError` for ranks there are not."
     if n < 0 or not 0 <= rank < world_size:
-        found = f"n = {n}, rank = {rank}, world_size = {world_size}"
-        raise ValueError(f"expected n >= 0 and 0 <= rank < world_size, got {found}")
+        raise ValueError("expected n >= 0 and 0 <= rank < world_size, got "
+                         f"n = {n}, rank = {rank}, world_size = {world_size}")
     return range(n * rank // world_size, n * (rank + 1) // world_size)
 
 # %% ../../nbs/core/02_processes.ipynb #313b786c
@@ -139,7 +139,7 @@ def kept_memory() -> Iterator[bool]:  # Whether memory is kept
 
 # %% ../../nbs/core/02_processes.ipynb #b25fd50d
 def _as_process(function: Callable, processes: int, args: tuple, errors: SimpleQueue) -> object:
-    "What a new process does; the time and text of an error go to a queue."
+    "Call the function in a new process; the time and text of an error go to a queue."
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     try:
         join_processes()
@@ -180,7 +180,8 @@ def launch(
     except ChildFailedError as error:
         told = []
         while not errors.empty(): told.append(errors.get())
-        reason = min(told)[1] if told else error.get_first_failure()[1].message  # by a signal
+        if told: reason = min(told)[1]
+        else: reason = error.get_first_failure()[1].message  # by a signal
         raise RuntimeError(f"one of {processes} processes failed: {reason}") from None
     finally: _give_back(handlers)
     return [results[r] for r in range(processes)]

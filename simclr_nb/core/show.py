@@ -17,8 +17,9 @@ from PIL import Image
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
-from sklearn.datasets import load_sample_image
 from torch import Tensor
+
+from .choices import check_choice
 
 # %% ../../nbs/core/01_show.ipynb #d568ff83
 def compact_figures(
@@ -38,7 +39,7 @@ def sample_photo(
     from sklearn.datasets import load_sample_image
 
     files = dict(flower="flower.jpg", palace="china.jpg")
-    if name not in files: raise ValueError(f"no photo {name!r}: choose from {', '.join(files)}")
+    check_choice("photo", name, files)
     photo = Image.fromarray(load_sample_image(files[name]))
     square = photo.resize((side, side), box=(107, 0, 533, 426))
     return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
@@ -62,8 +63,8 @@ def to_array(
     image = image.detach().cpu()
     image = image / 255 if image.dtype == torch.uint8 else image.float()
     if image.min() < -0.2 or image.max() > 1.2:
-        found = f"{image.min().item():.2f} to {image.max().item():.2f}"
-        raise ValueError(f"expected float values in [0, 1], got {found}; undo Normalize first")
+        limits = f"{image.min().item():.2f} to {image.max().item():.2f}"
+        raise ValueError(f"expected float values in [0, 1], got {limits}; undo Normalize first")
     return image.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 # %% ../../nbs/core/01_show.ipynb #fcd377de
@@ -134,8 +135,8 @@ def plot_spectra(
     scales: tuple[str, ...] = ("log",),  # One plot for each: "log" or "linear" axis
 ) -> Figure:
     "Spectra relative to their largest values; raises `ValueError` for another kind of axis."
-    if not scales or set(scales) - {"log", "linear"}:
-        raise ValueError(f"scales must be 'log' or 'linear', got {scales}")
+    if not scales: raise ValueError("no scale to plot on: give 'log', 'linear' or both")
+    for scale in scales: check_choice("scale", scale, ("log", "linear"))
     width = 4.5 if len(scales) == 1 else 3.4 * len(scales)
     fig = Figure(figsize=(width, 2.8), layout="constrained")
     axes = fig.subplots(1, len(scales), squeeze=False)[0]
@@ -217,7 +218,8 @@ def plot_accuracies(
 ) -> Figure:
     "Groups of bars with their intervals, 0 to 100%; dashed: chance."
     fig = Figure(figsize=(size * len(groups) + 1.8, 2.8), layout="constrained")
-    ax, names = fig.subplots(), list(dict.fromkeys(n for bars in groups.values() for n in bars))
+    ax = fig.subplots()
+    names = list(dict.fromkeys(n for bars in groups.values() for n in bars))
     step = 0.8 / len(names)
     for i, name in enumerate(names):
         shown = [(g, bars[name]) for g, bars in enumerate(groups.values()) if name in bars]

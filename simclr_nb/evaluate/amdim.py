@@ -26,7 +26,8 @@ from simclr_nb.evaluate.classifier import (
     train_steps,
 )
 from ..data import SimCLRDataLoaders, clean_loader
-from ..measure.representations import evaluating, represent
+from ..measure.representations import represent
+from ..model.inputs import evaluating
 from .frozen import _feature_batches, score_result
 from .features import encoder_card
 from ..train.optim import create_optimizer, warmup_milestones

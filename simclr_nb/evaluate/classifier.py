@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_labelled', 'labelled_rows', 'describe_labels', 'select_images', 'row_batches', 'augmented_batches', 'Recipe',
-           'make_recipe', 'linear_classifier', 'train_steps', 'bn_momentum']
+           'make_recipe', 'linear_classifier', 'train_steps', 'training_card', 'bn_momentum']
 
 # %% ../../nbs/evaluate/02_classifier.ipynb #0b4d4509
 import math
@@ -14,11 +14,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from .result import speed
 from ..images.arrays import ImageArrays
 from ..images.files import ImageFiles
 from ..images.labels import label_fraction
@@ -104,6 +106,17 @@ class _SeededCrops:
             crops, label = self.files[row]
         return crops[0], label
 
+# %% ../../nbs/evaluate/02_classifier.ipynb #1230fd7c
+def _crops_of_files(files: ImageFiles, policy: Policy, rows: Iterable[Tensor], order: Generator,
+                    num_workers: int) -> DataLoader:
+    "Batches of crops and labels; `order` draws the seed of each crop."
+    def seeded(batch: Tensor) -> list[tuple[int, int]]:
+        seeds = torch.randint(2**62, (len(batch),), generator=order)
+        return list(zip(batch.tolist(), seeds.tolist(), strict=True))
+    crops = _SeededCrops(ImageFiles(files.paths, files.labels, policy.crop))
+    return DataLoader(crops, batch_sampler=map(seeded, rows), num_workers=num_workers,
+                      generator=Generator())
+
 # %% ../../nbs/evaluate/02_classifier.ipynb #de158e5c
 def augmented_batches(
     dataset: ImageArrays | ImageFiles,  # Images with their labels
@@ -118,14 +131,10 @@ def augmented_batches(
     "Endless shuffled passes over labelled images, one random view of each."
     order = Generator().manual_seed(seed)
     views = Generator().manual_seed(torch.randint(2**62, (), generator=order).item())
-    batches = rows = row_batches(len(dataset), bs, steps, order)
+    rows = row_batches(len(dataset), bs, steps, order)
     if isinstance(dataset, ImageArrays): batches = (dataset[r] for r in rows)
     else:
-        def seeds(): return torch.randint(2**62, (bs,), generator=order).tolist()
-        sampler = ([*zip(r.tolist(), seeds(), strict=True)] for r in rows)
-        crops = _SeededCrops(ImageFiles(dataset.paths, dataset.labels, policy.crop))
-        batches = DataLoader(crops, batch_sampler=sampler, num_workers=num_workers,
-                             generator=Generator())
+        batches = _crops_of_files(dataset, policy, rows, order, num_workers)
         policy = policy.after_crop()
     for x, y in batches:
         x = policy(x.to(device), views)
@@ -144,9 +153,8 @@ class Recipe:
     warmup_steps: int = 0  # Linear warm-up, a part of `steps`
 
     def __post_init__(self):
-        for name in ("steps", "bs"):
-            n = getattr(self, name)
-            if n < 1: raise ValueError(f"{name} must be at least 1, got {n}")
+        if self.steps < 1: raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.bs < 1: raise ValueError(f"bs must be at least 1, got {self.bs}")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps must be 0 to {self.steps}, got {self.warmup_steps}")
         self.create_optimizer([nn.Parameter(torch.zeros(1, 1))])
@@ -155,21 +163,23 @@ class Recipe:
         "Optimiser of the recipe."
         return create_optimizer(self.optimizer, params, self.lr, self.weight_decay)
 
-    def lr_at(self, step: int) -> float:
-        "Learning rate of a step, counted from 0."
-        return warmup_cosine(step, self.lr, self.warmup_steps, self.steps)
+# %% ../../nbs/evaluate/02_classifier.ipynb #9e711f58
+@patch
+def lr_at(
+    self: Recipe,
+    step: int,  # From 0 to `steps` - 1
+) -> float:
+    "Learning rate of a step."
+    return warmup_cosine(step, self.lr, self.warmup_steps, self.steps)
 
-    @property
-    def n_images(self) -> int:
-        "Images seen in all steps, counted each time."
-        return self.steps * self.bs
 
-    def __str__(self):
-        names = dict(sgd="SGD, Nesterov momentum 0.9", lars="LARS")
-        kind = names.get(self.optimizer, self.optimizer)
-        warmup = f", {self.warmup_steps} of warm-up" if self.warmup_steps else ""
-        return (f"{kind}, peak lr {self.lr:g}, cosine, {self.steps} steps of {self.bs}{warmup}, "
-                f"weight decay {self.weight_decay:g}")
+@patch
+def __str__(self: Recipe):
+    names = dict(sgd="SGD, Nesterov momentum 0.9", lars="LARS")
+    kind = names.get(self.optimizer, self.optimizer)
+    warmup = f", {self.warmup_steps} of warm-up" if self.warmup_steps else ""
+    return (f"{kind}, peak lr {self.lr:g}, cosine, {self.steps} steps of {self.bs}{warmup}, "
+            f"weight decay {self.weight_decay:g}")
 
 # %% ../../nbs/evaluate/02_classifier.ipynb #59290c52
 def make_recipe(
@@ -204,7 +214,9 @@ def linear_classifier(
 def _watched(batches: Iterable, steps: int, progress: bool) -> Iterator:
     "Batches, with a progress bar that says images/s and ETA."
     if not progress: return (yield from batches)
-    bar, start, seen = progress_bar(batches, total=steps, leave=False), time.perf_counter(), 0
+    bar = progress_bar(batches, total=steps, leave=False)
+    start = time.perf_counter()
+    seen = 0
     for x, y in bar:
         yield x, y
         seen += len(x)
@@ -228,7 +240,8 @@ def train_steps(
     loss_func: Callable = _loss,  # Of logits, float32, and y; cross-entropy by default
 ) -> None:
     "Minimise a loss; raises `FloatingPointError` where training diverges."
-    opt, n = recipe.create_optimizer(model.parameters()), recipe.steps
+    opt = recipe.create_optimizer(model.parameters())
+    n = recipe.steps
     for step, (x, y) in enumerate(_watched(batches, n, progress)):
         for group in opt.param_groups: group["lr"] = recipe.lr_at(step)
         opt.zero_grad()
@@ -239,6 +252,21 @@ def train_steps(
             raise FloatingPointError(f"the loss is not finite at {at}: lower the learning rate")
         loss.backward()
         opt.step()
+
+# %% ../../nbs/evaluate/02_classifier.ipynb #f4714fba
+def training_card(
+    recipe: Recipe,  # Steps, batch size, optimiser
+    labels: Tensor,  # Class of each training image, `(N,)`
+    rows: Tensor,  # Those whose labels were used, `(M,)`
+    policy: Policy | None,  # Augmentation; None: clean images
+    seconds: float,  # Time the training took
+    **card,  # More facts: `protocol`, `epochs`, `seed`
+) -> dict:
+    "What a card says of the training of a classifier whose parameters nothing has chosen."
+    augmentation = "; ".join(map(repr, policy.operators)) if policy else "none"
+    return dict(optimizer=str(recipe), bs=recipe.bs, labels=describe_labels(labels, rows),
+                selection="none", augmentation=augmentation,
+                **speed(seconds, recipe.steps * recipe.bs), **card)
 
 # %% ../../nbs/evaluate/02_classifier.ipynb #c73a40c0
 def bn_momentum(

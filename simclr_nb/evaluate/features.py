@@ -85,10 +85,10 @@ def pixel_features(
     "Raw pixels, at most 16 x 16, as features: the baseline that has learned nothing."
     start = time.perf_counter()
     batches = [list(clean_loader(dls, i)) for i in (0, 1)]
-    (h_train, y_train), (h_test, y_test) = (map(torch.cat, zip(*b, strict=True)) for b in batches)
-    side = min(h_train.shape[-1], 16)
-    pooled = [F.adaptive_avg_pool2d(h.cpu().float() / 255, side) for h in (h_train, h_test)]
-    h_train, h_test = (h.flatten(1) for h in pooled)
+    (x_train, y_train), (x_test, y_test) = (map(torch.cat, zip(*b, strict=True)) for b in batches)
+    side = min(x_train.shape[-1], 16)
+    h_train, h_test = (F.adaptive_avg_pool2d(x.cpu().float() / 255, side).flatten(1)
+                       for x in (x_train, x_test))
     card = encoder_card(nn.Identity(), dls, "pixels",
                         **speed(time.perf_counter() - start, len(y_train) + len(y_test)))
     card["feature"] = f"pixels, {side} x {side}"

@@ -9,7 +9,7 @@ __all__ = ['Journal']
 import json
 from pathlib import Path
 
-from ..core.store import write_atomic
+from ..core.store import check_same_settings, write_atomic
 from .result import Result
 
 # %% ../../nbs/evaluate/09_journal.ipynb #4d7a2d1c
@@ -25,15 +25,6 @@ def _read_journal(path: Path) -> list[dict]:
         entries.append(entry)
     return entries
 
-
-def _check_settings(path: Path, old: dict, new: dict) -> None:
-    "Refuse to go on with a journal that was begun with other settings."
-    changed = [f"{k} {old.get(k)!r}, now {new.get(k)!r}" for k in {**old, **new}
-               if old.get(k) != new.get(k)]
-    if changed:
-        raise ValueError(f"{path} was begun with other settings: {'; '.join(changed)}. "
-                         "Go on with the old ones, or give another folder")
-
 # %% ../../nbs/evaluate/09_journal.ipynb #f7dd8159
 class Journal:
     "What a search has tried; raises `ValueError` if begun with other settings, or damaged."
@@ -46,7 +37,7 @@ class Journal:
         self.path, settings = path and Path(path), json.loads(json.dumps(settings))
         self.entries = [dict(settings=settings)]
         if self.path and self.path.is_file() and (found := _read_journal(self.path)):
-            _check_settings(self.path, found[0]["settings"], settings)
+            check_same_settings(self.path, found[0]["settings"], settings)
             self.entries = found
 
     def find(self, point: dict) -> dict | None:

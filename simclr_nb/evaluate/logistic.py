@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
@@ -33,33 +34,40 @@ class _Problem:
         centred = x - self.mean
         self.rotation = _principal_axes(centred)
         self.x = torch.cat([centred @ self.rotation, torch.ones_like(x[:, :1])], 1)
-        self.squares, self.n_classes = self.x.square(), n_classes
-        self.y, self.one_hot = y.view(-1, 1, 1), F.one_hot(y, n_classes).to(x.dtype)[:, None]
+        self.squares = self.x.square()
+        self.n_classes = n_classes
+        self.y = y.view(-1, 1, 1)
+        self.one_hot = F.one_hot(y, n_classes).to(x.dtype)[:, None]
 
     def logits(self, w: Tensor) -> Tensor:
         "Logits of all strengths at once, `(N, L, K)`, for weights `(L, D + 1, K)`."
         flat = w.transpose(0, 1).reshape(self.x.shape[1], -1)
         return (self.x @ flat).view(len(self.x), -1, self.n_classes)
 
-    def gradient(self, logits: Tensor, w: Tensor, l2: Tensor) -> Tensor:
-        "Gradient `(L, D + 1, K)`; `l2` is `(L, D + 1, 1)`, zero for the intercept."
-        return self._sum(self.x, logits.softmax(2).sub_(self.one_hot)) + l2 * w
-
-    def inverse_curvature(self, logits: Tensor, l2: Tensor) -> Tensor:
-        "Inverse of the diagonal of the curvature, `(L, D + 1, K)`."
-        p = logits.softmax(2)
-        diagonal = self._sum(self.squares, p.mul_(1 - p)) + l2
-        return 1 / diagonal.clamp_min_(torch.finfo(p.dtype).tiny)
-
-    def _sum(self, x: Tensor, weights: Tensor) -> Tensor:
-        "Sum over images of `x (N, D + 1)` times weights `(N, L, K)`."
-        product = x.T @ weights.view(len(x), -1)
-        return product.view(-1, *weights.shape[1:]).transpose(0, 1)
-
     def restore(self, w: Tensor) -> tuple[Tensor, Tensor]:
         "Weights `(L, D, K)` and intercepts `(L, K)` for the features as they were given."
         weight = self.rotation @ w[:, :-1]
         return weight, w[:, -1] - (self.mean @ weight)
+
+# %% ../../nbs/evaluate/04_logistic.ipynb #b4952d97
+def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
+    "Sum over images of `x (N, D + 1)` times weights `(N, L, K)`: `(L, D + 1, K)`."
+    product = x.T @ weights.view(len(x), -1)
+    return product.view(-1, *weights.shape[1:]).transpose(0, 1)
+
+
+@patch
+def gradient(self: _Problem, logits: Tensor, w: Tensor, l2: Tensor) -> Tensor:
+    "Gradient `(L, D + 1, K)`; `l2` is `(L, D + 1, 1)`, zero for the intercept."
+    return _weighted_sum(self.x, logits.softmax(2).sub_(self.one_hot)) + l2 * w
+
+
+@patch
+def inverse_curvature(self: _Problem, logits: Tensor, l2: Tensor) -> Tensor:
+    "Inverse of the diagonal of the curvature, `(L, D + 1, K)`."
+    p = logits.softmax(2)
+    diagonal = _weighted_sum(self.squares, p.mul_(1 - p)) + l2
+    return 1 / diagonal.clamp_min_(torch.finfo(p.dtype).tiny)
 
 # %% ../../nbs/evaluate/04_logistic.ipynb #9ce6e3b8
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -69,11 +77,14 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _direction(g: Tensor, pairs: list, inverse: Tensor) -> Tensor:
     "Descent direction of L-BFGS from gradients `g`; `inverse` is the preconditioner."
-    q, alphas = g.clone(), []
+    q = g.clone()
+    alphas = []
     for s, v, sv in reversed(pairs):
         alphas.append(_dot(s, q) / sv)
         q -= alphas[-1] * v
-    if pairs: inverse = inverse * (pairs[-1][2] / _dot(pairs[-1][1], inverse * pairs[-1][1]))
+    if pairs:
+        _, v, sv = pairs[-1]
+        inverse = inverse * (sv / _dot(v, inverse * v))
     r = inverse * q
     for (s, v, sv), alpha in zip(pairs, reversed(alphas), strict=True):
         r += (alpha - _dot(v, r) / sv) * s
@@ -84,8 +95,10 @@ def _step_length(problem: _Problem, z: Tensor, z_d: Tensor, w: Tensor, d: Tensor
                  l2: Tensor, slope: Tensor) -> Tensor:
     "Length of each problem's step along `d`, at most 1, `(L, 1, 1)`; `slope` is that at 0."
     known = z_d.gather(2, problem.y.expand(-1, len(w), 1)).sum((0, 2)).view(-1, 1, 1)
-    fixed, growth = _dot(l2 * w, d) - known, _dot(l2 * d, d)
-    t, allowed = torch.ones_like(slope), slope.abs() / 2
+    fixed = _dot(l2 * w, d) - known
+    growth = _dot(l2 * d, d)
+    allowed = slope.abs() / 2
+    t = torch.ones_like(slope)
     for _ in range(10):
         p = torch.addcmul(z, z_d, t.view(1, -1, 1)).softmax(2)
         now = p.mul_(z_d).sum((0, 2)).view(-1, 1, 1) + fixed + t * growth
@@ -95,42 +108,61 @@ def _step_length(problem: _Problem, z: Tensor, z_d: Tensor, w: Tensor, d: Tensor
         t = torch.where(too_long, t * crossing.clamp(0.1, 0.9), t)
     return t
 
+# %% ../../nbs/evaluate/04_logistic.ipynb #ab2550eb
+@dataclass
+class _Open:
+    "Problems that have not converged, and what L-BFGS remembers of them."
+
+    w: Tensor  # Weights, `(L, D + 1, K)`
+    z: Tensor  # Logits, `(N, L, K)`
+    g: Tensor  # Gradients, `(L, D + 1, K)`
+    l2: Tensor  # Strengths, `(L, D + 1, 1)`, zero for the intercept
+    inverse: Tensor  # Preconditioner, `(L, D + 1, K)`
+    pairs: list  # Last steps, changes of the gradient, and the products of both
+
+    def keep(self, rows: Tensor) -> None:
+        "Drop all problems but these."
+        for name in ("w", "g", "l2", "inverse"): setattr(self, name, getattr(self, name)[rows])
+        self.z = self.z[:, rows]
+        self.pairs = [tuple(part[rows] for part in pair) for pair in self.pairs]
+
+# %% ../../nbs/evaluate/04_logistic.ipynb #7fc30da2
+def _advance(problem: _Problem, left: _Open, memory: int = 10) -> None:
+    "One step of every problem that is left."
+    pairs = left.pairs[-memory:]
+    d = _direction(left.g, pairs, left.inverse)
+    z_d = problem.logits(d)
+    t = _step_length(problem, left.z, z_d, left.w, d, left.l2, _dot(left.g, d))
+    s = t * d
+    left.z = torch.addcmul(left.z, z_d, t.view(1, -1, 1))
+    left.w = left.w + s
+    g = problem.gradient(left.z, left.w, left.l2)
+    v = g - left.g
+    left.pairs = [*pairs, (s, v, _dot(s, v).clamp_min(torch.finfo(g.dtype).tiny))]
+    left.g = g
+
 # %% ../../nbs/evaluate/04_logistic.ipynb #6bc87b10
-def _minimize(problem: _Problem, l2: Tensor, tol: float, max_iter: int,
-              memory: int = 10) -> tuple[Tensor, Tensor]:
+def _minimize(problem: _Problem, l2: Tensor, tol: float, max_iter: int) -> tuple[Tensor, Tensor]:
     "Weights `(L, D + 1, K)` and numbers of steps `(L,)`, -1 where `max_iter` was not enough."
     dim = problem.x.shape[1]
     l2 = l2.view(-1, 1, 1) * (torch.arange(dim, device=l2.device) < dim - 1)[:, None]
-    result = l2.new_zeros(len(l2), dim, problem.n_classes)
-    steps, rows = torch.full((len(l2),), -1), torch.arange(len(l2), device=l2.device)
-    w, z, pairs = result.clone(), problem.logits(result), []
-    g = problem.gradient(z, w, l2)
+    w = l2.new_zeros(len(l2), dim, problem.n_classes)
+    z = problem.logits(w)
+    left = _Open(w.clone(), z, problem.gradient(z, w, l2), l2, torch.ones_like(w), [])
+    rows = torch.arange(len(l2), device=l2.device)
+    steps = torch.full((len(l2),), -1)
     for step in range(max_iter + 1):
-        result[rows] = w
-        open_ = (g.abs().amax((1, 2)) / len(problem.x) > tol).nonzero()[:, 0]
+        w[rows] = left.w
         steps[rows.cpu()] = step
-        if not len(open_) or step == max_iter: break
-        if len(open_) < len(rows):
-            rows, w, g, l2 = (t[open_] for t in (rows, w, g, l2))
-            z, pairs = z[:, open_], [tuple(t[open_] for t in pair) for pair in pairs]
-            if step % 10: inverse = inverse[open_]
-        if step % 10 == 0: inverse = problem.inverse_curvature(z, l2)
-        w, z, g, pairs = _advance(problem, w, z, g, l2, inverse, pairs[-memory:])
-    steps[rows[open_].cpu()] = -1
-    return result, steps
-
-# %% ../../nbs/evaluate/04_logistic.ipynb #7fc30da2
-def _advance(problem: _Problem, w: Tensor, z: Tensor, g: Tensor, l2: Tensor, inverse: Tensor,
-             pairs: list) -> tuple:
-    "One step of every problem: new weights, logits, gradients and pairs."
-    d = _direction(g, pairs, inverse)
-    z_d = problem.logits(d)
-    t = _step_length(problem, z, z_d, w, d, l2, _dot(g, d))
-    s, z = t * d, torch.addcmul(z, z_d, t.view(1, -1, 1))
-    w = w + s
-    g_new = problem.gradient(z, w, l2)
-    v = g_new - g
-    return w, z, g_new, [*pairs, (s, v, _dot(s, v).clamp_min(torch.finfo(w.dtype).tiny))]
+        not_yet = (left.g.abs().amax((1, 2)) / len(problem.x) > tol).nonzero()[:, 0]
+        if not len(not_yet) or step == max_iter: break
+        if len(not_yet) < len(rows):
+            rows = rows[not_yet]
+            left.keep(not_yet)
+        if step % 10 == 0: left.inverse = problem.inverse_curvature(left.z, left.l2)
+        _advance(problem, left)
+    steps[rows[not_yet].cpu()] = -1
+    return w, steps
 
 # %% ../../nbs/evaluate/04_logistic.ipynb #4ccd2fbb
 L2_STRENGTHS = tuple(float(f"{10 ** (-6 + i / 4):.6g}") for i in range(45))  # paper appendix B.8
@@ -166,11 +198,11 @@ def fit_logistic(
     memory_mib: float = 512,  # Strengths are solved in groups that need about so much memory
     progress: bool = False,  # Progress bar over the groups
 ) -> LogisticFit:
-    "L2-regularised multinomial logistic regression, all strengths at once (B.8); or `ValueError`."
+    "Multinomial logistic regression, all L2 strengths at once (B.8); raises `ValueError`."
     _check(x, y, l2)
     k = int(y.max()) + 1 if n_classes is None else n_classes
-    problem, strengths = _Problem(x, y.to(x.device), k), torch.tensor(l2, dtype=x.dtype)
-    strengths = strengths.to(x.device)
+    problem = _Problem(x, y.to(x.device), k)
+    strengths = torch.tensor(l2, dtype=x.dtype).to(x.device)
     per_strength = (4 * len(x) + 25 * x.shape[1]) * k * x.element_size() / 2**20
     groups = strengths.split(max(int(memory_mib / per_strength), 1))
     bar = progress_bar(groups, leave=False) if progress else groups
@@ -182,8 +214,8 @@ def fit_logistic(
 def _check(x: Tensor, y: Tensor, l2: Sequence[float]) -> None:
     "Refuse what cannot be fitted."
     if x.ndim != 2 or y.shape != x.shape[:1]:
-        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
-        raise ValueError(f"expected features (N, D) and classes (N,), got {shapes}")
+        raise ValueError("expected features (N, D) and classes (N,), "
+                         f"got {tuple(x.shape)} and {tuple(y.shape)}")
     if not torch.isfinite(x).all(): raise ValueError("features hold NaN or infinity")
     if y.min() < 0: raise ValueError(f"expected classes from 0, got {y.min().item()}")
     if len(y.unique()) < 2: raise ValueError("expected images of at least 2 classes")

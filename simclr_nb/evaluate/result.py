@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from scipy.stats import t
 from torch import Tensor
 
-from ..measure.intervals import wilson_interval
 from ..core.store import write_atomic
+from ..measure.intervals import wilson_interval
 
 # %% ../../nbs/evaluate/01_result.ipynb #3353276e
 CARD = {  # Fact to the places in a card that may state it
@@ -46,7 +47,8 @@ def _at(card: dict, place: str):
 
 def _lines(card: dict, indent: int = 2) -> list[str]:
     "A card as aligned lines, parts of it indented."
-    width, lines = max(map(len, card), default=0), []
+    width = max(map(len, card), default=0)
+    lines = []
     for key, value in card.items():
         if isinstance(value, dict): lines += [" " * indent + key, *_lines(value, indent + 2)]
         else: lines.append(f"{'':{indent}}{key:{width}}  {value}")
@@ -58,16 +60,17 @@ def _pack(values: Tensor) -> dict:
     array = values.numpy()
     if array.dtype.kind == "i" and array.min(initial=0) >= 0:
         array = array.astype(np.min_scalar_type(int(array.max(initial=0))))
-    little = array.astype(array.dtype.newbyteorder("<"))
-    data = np.packbits(array) if array.dtype == bool else little
-    shape, data = list(array.shape), b64encode(data.tobytes()).decode()
-    return dict(dtype=array.dtype.name, shape=shape, data=data)
+    if array.dtype == bool: data = np.packbits(array)
+    else: data = array.astype(array.dtype.newbyteorder("<"))
+    encoded = b64encode(data.tobytes()).decode()
+    return dict(dtype=array.dtype.name, shape=list(array.shape), data=encoded)
 
 
 def _unpack(packed: dict | None) -> Tensor | None:
     "What `_pack` was given; raises `ValueError` where bytes are missing or left over."
     if packed is None: return None
-    data, shape = b64decode(packed["data"], validate=True), packed["shape"]
+    data = b64decode(packed["data"], validate=True)
+    shape = packed["shape"]
     if packed["dtype"] != "bool":
         dtype = np.dtype(packed["dtype"]).newbyteorder("<")
         array = np.frombuffer(data, dtype).reshape(shape)
@@ -79,18 +82,18 @@ def _unpack(packed: dict | None) -> Tensor | None:
 # %% ../../nbs/evaluate/01_result.ipynb #8f10e795
 def _check(result) -> None:
     "Refuse a value that is no share, and test examples that contradict it."
-    value, card = result.value, result.card
+    value, n = result.value, result.card.get("n_test")
     if not (-1e-9 <= value <= 1 + 1e-9 and math.isfinite(result.low + result.high)):
         raise ValueError(f"expected a share, 0 to 1, and a finite interval, got {value} "
                          f"({result.low} to {result.high})")
     for name in ("correct", "y"):
-        given, n = getattr(result, name), card.get("n_test")
-        if given is None: continue
-        if len(given) != (len(given) if n is None else n):
-            raise ValueError(f"{name} is of {len(given)} examples, and n_test is {n}")
-    if result.correct is None or not str(card.get("metric")).startswith("top-"): return
-    if abs(mean := result.correct.double().mean().item() - value) > 1e-6:
-        raise ValueError(f"value {value} differs from the mean of correct by {-mean:.6f}")
+        examples = getattr(result, name)
+        if examples is not None and n is not None and len(examples) != n:
+            raise ValueError(f"{name} is of {len(examples)} examples, and n_test is {n}")
+    if result.correct is None or not str(result.card.get("metric")).startswith("top-"): return
+    difference = value - result.correct.double().mean().item()
+    if abs(difference) > 1e-6:
+        raise ValueError(f"value {value} differs from the mean of correct by {difference:.6f}")
 
 # %% ../../nbs/evaluate/01_result.ipynb #2b3a897c
 @dataclass
@@ -108,57 +111,72 @@ class Result:
 
     def __post_init__(self):
         for name, dtype in dict(correct=torch.float64, y=torch.int64).items():
-            given = getattr(self, name)
-            if given is None: continue
-            given = torch.as_tensor(given).detach().cpu()
-            setattr(self, name, given if given.dtype == torch.bool else given.to(dtype))
+            if getattr(self, name) is None: continue
+            values = torch.as_tensor(getattr(self, name)).detach().cpu()
+            setattr(self, name, values if values.dtype == torch.bool else values.to(dtype))
         self.value, self.low, self.high = map(float, (self.value, self.low, self.high))
         _check(self)
 
     def __str__(self): return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
 
-    def text(self) -> str:
-        "Value and card, one fact a line, without the test examples."
-        return "\n".join([str(self), *_lines(self.card)])
+# %% ../../nbs/evaluate/01_result.ipynb #dcc7e545
+@patch
+def text(self: Result) -> str:
+    "Value and card, one fact a line, without the test examples."
+    return "\n".join([str(self), *_lines(self.card)])
 
-    def stated(self, fact: str):
-        "What the card states of a fact in `CARD`, or at a place such as `data.split`; or None."
-        found = (_at(self.card, place) for place in CARD.get(fact, (fact,)))
-        return next((value for value in found if value is not None), None)
 
-    def missing(self) -> list[str]:
-        "Facts that the card should state and does not (see `CARD`)."
-        return [fact for fact in CARD if self.stated(fact) is None]
+@patch
+def stated(
+    self: Result,
+    fact: str,  # A fact of `CARD`, or a place in the card such as `data.split`
+):
+    "What the card states of a fact; or None."
+    statements = (_at(self.card, place) for place in CARD.get(fact, (fact,)))
+    return next((value for value in statements if value is not None), None)
 
-    def to_dict(self) -> dict:
-        "All of it as what JSON can hold; test examples in packed form, where there are any."
-        given = dict(value=self.value, low=self.low, high=self.high, card=self.card)
-        arrays = dict(correct=self.correct, y=self.y)
-        return given | {k: _pack(v) for k, v in arrays.items() if v is not None}
 
-    def to_json(self) -> str:
-        "All of it as JSON; raises `TypeError` or `ValueError` for a card that JSON cannot hold."
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+@patch
+def missing(self: Result) -> list[str]:
+    "Facts that the card should state and does not (see `CARD`)."
+    return [fact for fact in CARD if self.stated(fact) is None]
 
-    @classmethod
-    def from_dict(cls, given: dict) -> "Result":
-        "The result that `to_dict` gave; raises `ValueError` for anything else."
-        try: return cls(**given | {k: _unpack(given.get(k)) for k in ("correct", "y")})
-        except (TypeError, KeyError, ValueError, AttributeError) as e:
-            raise ValueError(f"not a saved result, or damaged: {e}") from None
+# %% ../../nbs/evaluate/01_result.ipynb #84f98a82
+@patch
+def to_dict(self: Result) -> dict:
+    "All of it as what JSON can hold; test examples in packed form, where there are any."
+    packed = {k: _pack(v) for k, v in dict(correct=self.correct, y=self.y).items() if v is not None}
+    return dict(value=self.value, low=self.low, high=self.high, card=self.card) | packed
 
-    @classmethod
-    def from_json(cls, text: str) -> "Result":
-        "The result that `to_json` wrote; raises `ValueError` for any other text."
-        try: given = json.loads(text)
-        except ValueError as e: raise ValueError(f"not a saved result, or damaged: {e}") from None
-        return cls.from_dict(given)
 
-    def save(self, path: str | Path) -> Path:
-        "Write it as JSON, whole or not at all; raises `FileNotFoundError` without a folder."
-        return write_atomic(path, self.to_json().encode())
+@patch
+def to_json(self: Result) -> str:
+    "All of it as JSON; raises `TypeError` or `ValueError` for a card that JSON cannot hold."
+    return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
-# %% ../../nbs/evaluate/01_result.ipynb #8b677b29
+
+@patch
+def save(self: Result, path: str | Path) -> Path:
+    "Write it as JSON, whole or not at all; raises `FileNotFoundError` without a folder."
+    return write_atomic(path, self.to_json().encode())
+
+# %% ../../nbs/evaluate/01_result.ipynb #47a72eaf
+@patch(cls_method=True)
+def from_dict(cls: Result, values: dict) -> Result:
+    "The result that `to_dict` gave; raises `ValueError` for anything else."
+    try: return cls(**values | {k: _unpack(values.get(k)) for k in ("correct", "y")})
+    except (TypeError, KeyError, ValueError, AttributeError) as e:
+        raise ValueError(f"not a saved result, or damaged: {e}") from None
+
+
+@patch(cls_method=True)
+def from_json(cls: Result, text: str) -> Result:
+    "The result that `to_json` wrote; raises `ValueError` for any other text."
+    try: values = json.loads(text)
+    except ValueError as e: raise ValueError(f"not a saved result, or damaged: {e}") from None
+    return cls.from_dict(values)
+
+# %% ../../nbs/evaluate/01_result.ipynb #94bed575
 def load_result(
     path: str | Path,  # File written by `Result.save`
 ) -> Result:
@@ -177,8 +195,8 @@ def accuracy_result(
 ) -> Result:  # Wilson's 95% interval
     "Result of one classifier on `N` independent test images; raises `ValueError` for none of them."
     if correct.dtype != torch.bool or correct.ndim != 1 or not len(correct):
-        got = f"{correct.dtype} {tuple(correct.shape)}"
-        raise ValueError(f"expected right or wrong (bool) for at least 1 test image, got {got}")
+        raise ValueError("expected right or wrong (bool) for at least 1 test image, "
+                         f"got {correct.dtype} {tuple(correct.shape)}")
     card = dict(metric=metric, n_test=len(correct), interval="Wilson 95%", **card)
     return Result(*wilson_interval(correct), card, correct, y)
 
@@ -210,12 +228,13 @@ def speed(
 def environment() -> dict:  # `software`, `python`, `hardware`, `peak_memory_mib`
     "Software, hardware and peak memory of this process, for a card."
     packages = ("torch", "torchvision", "fastai", "scikit-learn", "simclr_nb")
-    cuda = torch.cuda.is_available()
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if cuda else cpu
-    unit = 1 if platform.system() == "Darwin" else 1024
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    peak = torch.cuda.max_memory_allocated() if cuda else rss
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        unit = 1 if platform.system() == "Darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     software = {name: _version(name) for name in packages}
     return dict(software=software, python=platform.python_version(), hardware=device,
                 peak_memory_mib=round(peak / 2**20))

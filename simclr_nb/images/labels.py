@@ -106,7 +106,8 @@ def load_label_list(
 # %% ../../nbs/images/07_labels.ipynb #cd4f15d8
 def _check_balance(counts: Counter) -> None:
     "Refuse classes whose numbers of images differ by more than one, and classes without any."
-    (most, high), (least, low) = counts.most_common()[0], counts.most_common()[-1]
+    most, high = counts.most_common()[0]
+    least, low = counts.most_common()[-1]
     if high - low > 1 or not low:
         found = f"{high} images of class {most!r} and {low} of {least!r}"
         raise ValueError(f"the list has {found}; with balanced=False it is taken as it is")
@@ -126,7 +127,9 @@ def match_list(
 ) -> Tensor:  # Rows of the images that are on the list, `(M,)`, int64, ascending
     "Rows of listed images; raises `ValueError` for names not in the data, and unbalanced classes."
     _check_names(names, "list")
-    listed, places, folders = set(names), defaultdict(list), []
+    listed = set(names)
+    places = defaultdict(list)
+    folders = []
     for i, image in enumerate(images):
         folder, name = os.path.split(image)
         folders.append(os.path.basename(folder))

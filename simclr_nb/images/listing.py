@@ -17,6 +17,7 @@ from operator import index as as_int
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core.store import cache_folder, keep_cache, read_cache
 
@@ -67,34 +68,46 @@ class Items(Sequence):
         part.rows = self.rows[i if isinstance(i, slice) or len(i) else slice(0)]
         return part
 
-    def _named(self, numbers: dict[str, int]) -> np.ndarray:
-        "Number of each item by the name of its group; -1 for a name that has none."
-        named = np.array([numbers.get(name, -1) for name in self.groups] + [-1])
-        return named[self.group[self.rows]]
+# %% ../../nbs/images/01_listing.ipynb #c0b9dbbd
+@patch
+def _named(self: Items, numbers: dict[str, int]) -> np.ndarray:
+    "Number of each item by the name of its group; -1 for a name that has none."
+    named = np.array([numbers.get(name, -1) for name in self.groups] + [-1])
+    return named[self.group[self.rows]]
 
-    @property
-    def used_groups(self) -> list[int]:
-        "Numbers of the groups that occur, sorted."
-        return np.unique(self.group[self.rows]).tolist()
+# %% ../../nbs/images/01_listing.ipynb #e060d229
+@patch(as_prop=True)
+def used_groups(self: Items) -> list[int]:
+    "Numbers of the groups that occur, sorted."
+    return np.unique(self.group[self.rows]).tolist()
 
-    def labels(self, classes: Sequence[str]) -> np.ndarray:
-        "Label of each item, `(N,)`, int64: the place of its group's name in `classes`, or -1."
-        return self._named({name: i for i, name in enumerate(classes)})
+# %% ../../nbs/images/01_listing.ipynb #aae77721
+@patch
+def labels(
+    self: Items,
+    classes: Sequence[str],  # Names in label order
+) -> np.ndarray:
+    "Label of each item, `(N,)`, int64: the place of its group's name in `classes`, or -1."
+    return self._named({name: i for i, name in enumerate(classes)})
 
-    def deal(self) -> "Items":
-        "All items in an order of which any beginning is balanced over the groups' names."
-        names = sorted({self.groups[i] for i in self.used_groups if i >= 0})
-        named = self._named({name: i for i, name in enumerate(names)})
-        rng, order, share = random.Random(0), [], []
-        for i in range(-1, len(names)):
-            rng.shuffle(members := np.flatnonzero(named == i).tolist())
-            order += members
-            share.append(np.arange(len(members)) / max(len(members), 1))
-        return self[np.array(order)[np.argsort(np.concatenate(share), kind="stable")]]
+# %% ../../nbs/images/01_listing.ipynb #28286c00
+@patch
+def deal(self: Items) -> Items:
+    "All items in an order of which any beginning is balanced over the groups' names."
+    names = sorted({self.groups[i] for i in self.used_groups if i >= 0})
+    named = self._named({name: i for i, name in enumerate(names)})
+    rng = random.Random(0)
+    order = []
+    share = []  # of its class that comes before an item
+    for i in range(-1, len(names)):
+        members = np.flatnonzero(named == i).tolist()
+        rng.shuffle(members)
+        order += members
+        share.append(np.arange(len(members)) / max(len(members), 1))
+    return self[np.array(order)[np.argsort(np.concatenate(share), kind="stable")]]
 
 # %% ../../nbs/images/01_listing.ipynb #f73e5761
-_SUFFIXES = ".jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .jp2 .avif"
-IMAGE_SUFFIXES = set(_SUFFIXES.split())
+IMAGE_SUFFIXES = set(".jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .jp2 .avif".split())
 
 # %% ../../nbs/images/01_listing.ipynb #752a9173
 def _walk(folder: str, above: tuple = ()) -> Iterator[tuple[str, str, tuple[int, int]]]:
@@ -105,7 +118,9 @@ def _walk(folder: str, above: tuple = ()) -> Iterator[tuple[str, str, tuple[int,
     yield folder, "", (stat.st_mtime_ns, stat.st_ctime_ns)
     try:
         with os.scandir(folder) as found: entries = sorted(found, key=lambda entry: entry.name)
-    except PermissionError: return warnings.warn(f"left out: no permission to read {folder}")
+    except PermissionError:
+        warnings.warn(f"left out: no permission to read {folder}")
+        return
     for entry in entries:
         if entry.name[0] == ".": continue
         if entry.is_dir(): yield from _walk(entry.path, (*above, here))
@@ -114,9 +129,12 @@ def _walk(folder: str, above: tuple = ()) -> Iterator[tuple[str, str, tuple[int,
 # %% ../../nbs/images/01_listing.ipynb #1005f1b5
 _RACY = 2_000_000_000  # ns; the coarsest clock of a file system in use, that of FAT
 
-def _scan(root: str) -> tuple[dict[str, np.ndarray], str]:
-    "Arrays of all images below a folder, and the name of some file that is none."
-    number, stamps, group, names, other = {}, [], [], [], ""
+def _scan(root: str) -> dict[str, np.ndarray]:
+    "Arrays of all images below a folder."
+    number = {}  # of each folder
+    stamps = []
+    group = []
+    names = []
     for folder, name, stamp in _walk(root):
         if not name:
             number[folder] = len(number)
@@ -125,12 +143,11 @@ def _scan(root: str) -> tuple[dict[str, np.ndarray], str]:
         elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
             group.append(number[folder])
             names.append(name)
-        else: other = min(other, name) if other else name
     folders = Strings.pack(os.path.relpath(folder, root) for folder in number)
     packed = Strings.pack(names)
     return dict(names=packed.buffer, name_lengths=packed.lengths, group=np.array(group, np.int32),
                 folders=folders.buffer, folder_lengths=folders.lengths,
-                stamps=np.array(stamps, np.int64).reshape(-1, 2)), other
+                stamps=np.array(stamps, np.int64).reshape(-1, 2))
 
 # %% ../../nbs/images/01_listing.ipynb #214d0e45
 def _fresh(root: str, arrays: dict[str, np.ndarray]) -> bool:
@@ -163,24 +180,28 @@ class FileIndex(Items):
         "Folders that hold an image."
         return [self.folders[i] for i in self.used_groups]
 
+# %% ../../nbs/images/01_listing.ipynb #4617e41f
+def _reason(root: str) -> str:
+    "Why a folder has no image."
+    others = [name for _, name, _ in _walk(root) if name]
+    return f"only other files, such as {min(others)}" if others else "it is empty"
+
 # %% ../../nbs/images/01_listing.ipynb #a8e40078
 def index_images(
     folder: str | Path,  # Searched with all its sub-folders
-    rebuild: bool = False,  # Scan even if a cache is there
     least: int = 10_000,  # Images from which on a cache is kept
     cache: str | Path | None = None,  # Folder of the caches; `cache_folder()` by default
 ) -> FileIndex:
     "Image files by suffix, sorted; raises `FileNotFoundError` or `ValueError` where there is none."
     root = os.path.realpath(folder)
     if not os.path.isdir(root): raise FileNotFoundError(f"no such folder: {folder}")
-    about = dict(version="1", folder=root, suffixes=_SUFFIXES)
+    about = dict(version="1", folder=root, suffixes=" ".join(sorted(IMAGE_SUFFIXES)))
     name = hashlib.sha256(os.fsencode(root)).hexdigest()[:32]
     path = Path(cache or cache_folder()) / "folders" / f"{name}.safetensors"
-    arrays = None if rebuild else read_cache(path, about)
+    arrays = read_cache(path, about)
     if arrays is None or not _fresh(root, arrays):
-        arrays, other = _scan(root)
-        if not len(arrays["group"]):
-            found = f"only other files, such as {other}" if other else "it is empty"
-            raise ValueError(f"no image in {folder}: {found}")
-        if len(arrays["group"]) >= least: keep_cache(path, arrays, about)
+        arrays = _scan(root)
+        n_images = len(arrays["group"])
+        if not n_images: raise ValueError(f"no image in {folder}: {_reason(root)}")
+        if n_images >= least: keep_cache(path, arrays, about)
     return FileIndex(Path(folder), arrays)

@@ -20,9 +20,15 @@ from pathlib import Path
 from fastcore.basics import chunked
 
 from .arrays import ImageArrays
-from ..core.work import _watch
+from ..core.work import with_progress
 from .source import Source, _probe, find_source
-from ..core.store import write_atomic, write_cache
+from simclr_nb.core.store import (
+    atomic_file,
+    check_same_settings,
+    remove_unfinished,
+    write_atomic,
+    write_cache,
+)
 from .shards import index_about, read_manifest, scan_shards
 
 # %% ../../nbs/images/08_pack.ipynb #fd25789a
@@ -83,17 +89,6 @@ def _fill(file, part: _Part, samples: Iterator, limits: tuple[int, int], skip_ba
     return dict(samples=count, bytes=hashing.size, sha256=hashing.digest.hexdigest(), end=row + 1,
                 skipped=bad)
 
-# %% ../../nbs/images/08_pack.ipynb #30257990
-def _replace(path: Path, write) -> object:
-    "Result of `write(file)`, for a file that gets its name only when it is complete."
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
-        result = write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    return result
-
 # %% ../../nbs/images/08_pack.ipynb #5a0d9680
 def _save_manifest(out: Path, manifest: dict) -> None:
     write_atomic(out / "manifest.json", json.dumps(manifest, indent=1).encode())
@@ -107,11 +102,12 @@ def _pack_part(out: Path, manifest: dict, part: _Part, progress: bool) -> None:
 
     shards = manifest["parts"][part.name] = list(takewhile(there, manifest["parts"][part.name]))
     start, total = shards[-1]["end"] if shards else 0, len(part.paths)
-    samples = iter(_watch(part.samples(start), total - start, progress))
+    samples = iter(with_progress(part.samples(start), total - start, progress))
     limits = manifest["max_count"], manifest["max_size"]
     while start < total:
         path = out / f"{part.name}-{len(shards):06}.tar"
-        made = _replace(path, lambda f: _fill(f, part, samples, limits, manifest["skip_bad"]))
+        with atomic_file(path) as file:
+            made = _fill(file, part, samples, limits, manifest["skip_bad"])
         shards.append(dict(name=path.name, **made))
         start = made["end"]
         if not made["samples"]: path.unlink()
@@ -150,14 +146,14 @@ def _begin(out: Path, plan: dict) -> dict:
             raise ValueError(f"{out} holds {others[0]} and no conversion: give an empty folder")
         return plan | dict(parts=dict(train=[], valid=[]))
     try:
-        found = json.loads(path.read_bytes())
-        differ = [key for key in plan if found.get(key) != plan[key] and key != "complete"]
-        parts = {name: list(found["parts"][name]) for name in ("train", "valid")}
+        manifest = json.loads(path.read_bytes())
+        saved = {key: manifest.get(key) for key in plan}
+        parts = {name: list(manifest["parts"][name]) for name in ("train", "valid")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): give an empty folder") from error
-    if differ:
-        said = f"{differ[0]} is {found.get(differ[0])!r} there and {plan[differ[0]]!r} here"
-        raise ValueError(f"{out} holds another conversion: {said}; give an empty folder")
+    begun = f"the conversion in {out}"
+    check_same_settings(begun, saved, plan, {"complete"}, "give an empty folder")
+    remove_unfinished(out)
     return plan | dict(parts=parts)
 
 # %% ../../nbs/images/08_pack.ipynb #87765757

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from fastai.data.external import URLs, untar_data
 
-from ..core.work import in_threads, _watch
+from ..core.work import in_threads, with_progress
 from .arrays import ImageArrays
 from .listing import Items, index_images
 from .shards import is_shards, open_shards, read_manifest
@@ -46,7 +46,7 @@ def _probe_all(paths: Sequence[Path], progress: bool) -> tuple[np.ndarray, dict[
     "Sizes `(N, 2)` of images, and by row why one cannot be decoded; holds no list of all paths."
     sizes, bad = np.zeros((len(paths), 2), np.int32), {}
     probes = in_threads(lambda row: _probe(paths[row]), len(paths))
-    for row, (size, reason) in enumerate(_watch(probes, len(paths), progress)):
+    for row, (size, reason) in enumerate(with_progress(probes, len(paths), progress)):
         sizes[row] = size
         if reason: bad[row] = f"{paths[row]}: {reason}"
     return sizes, bad

@@ -51,7 +51,8 @@ def bootstrap_interval(
     lengths = {len(d) for d in data}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"expected the same number of examples, at least 1, got {sorted(lengths)}")
-    n, values = lengths.pop(), []
+    n = lengths.pop()
+    values = []
     chunk = max(1, 2**22 // max(d.numel() for d in data))
     for start in range(0, samples, chunk):
         shape = min(chunk, samples - start), n

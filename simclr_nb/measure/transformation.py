@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.choices import check_choice
 from ..views.color import grayscale
 from .intervals import Accuracy
-from .representations import evaluating
+from ..model.inputs import evaluating
 from ..views.distort import gaussian_noise, rotate90, sobel
 
 # %% ../../nbs/measure/07_transformation.ipynb #18532131
@@ -57,15 +58,15 @@ TRANSFORMATIONS = {  # The rows of Table 3, by name
 def _features(features: dict, images: Tensor, labels: Tensor, question: Transformation,
               chunk: int = 256) -> dict[str, Tensor]:
     "Features of images, each transformed into its class: name to `(N, D)`, on the CPU."
-    found = {name: [] for name in features}
+    outputs = {name: [] for name in features}
     with ExitStack() as stack:
         for f in features.values():
             if isinstance(f, nn.Module): stack.enter_context(evaluating(f))
         for some, classes in zip(images.split(chunk), labels.split(chunk), strict=True):
             some = some / 255 if some.dtype == torch.uint8 else some.float()
             x = question(some, classes)
-            for name, f in features.items(): found[name].append(f(x).float().flatten(1).cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}
+            for name, f in features.items(): outputs[name].append(f(x).float().flatten(1).cpu())
+    return {name: torch.cat(parts) for name, parts in outputs.items()}
 
 # %% ../../nbs/measure/07_transformation.ipynb #4e963e3b
 def _epoch(mlp: nn.Module, opt: torch.optim.Optimizer, h: Tensor, y: Tensor) -> None:
@@ -79,14 +80,16 @@ def _epoch(mlp: nn.Module, opt: torch.optim.Optimizer, h: Tensor, y: Tensor) -> 
 def _fit_mlp(h: Tensor, y: Tensor, held_out: Tensor, epochs: int, lr: float) -> nn.Module:
     "MLP on standardised features: the epoch that is best on the rows that are held out."
     mean, std = h[~held_out].mean(0), h[~held_out].std(0).clamp_min(1e-6)
-    h, (dim, n_classes) = (h - mean) / std, (h.shape[1], int(y.max()) + 1)
-    mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, n_classes))
-    opt, best, chosen = torch.optim.Adam(mlp.parameters(), lr), -1, None
+    h = (h - mean) / std
+    dim = h.shape[1]
+    mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, int(y.max()) + 1))
+    opt = torch.optim.Adam(mlp.parameters(), lr)
+    most, best = -1, None
     for _ in range(epochs):
         _epoch(mlp, opt, h[~held_out], y[~held_out])
         with torch.no_grad(): right = (mlp(h[held_out]).argmax(1) == y[held_out]).sum().item()
-        if right > best: best, chosen = right, deepcopy(mlp.state_dict())
-    mlp.load_state_dict(chosen)
+        if right > most: most, best = right, deepcopy(mlp.state_dict())
+    mlp.load_state_dict(best)
     with torch.no_grad():                                     # fold the standardisation in
         mlp[0].weight /= std
         mlp[0].bias -= mlp[0].weight @ mean
@@ -96,10 +99,11 @@ def _fit_mlp(h: Tensor, y: Tensor, held_out: Tensor, epochs: int, lr: float) -> 
 def _check(images: Tensor, test_images: Tensor, n_classes: int) -> None:
     "Refuse too few images, and images that are in both sets."
     if len(images) < 10 or len(test_images) < n_classes:
-        found = f"{len(images)} and {len(test_images)}"
-        raise ValueError(f"expected 10 training and {n_classes} test images, got {found}")
+        raise ValueError(f"expected 10 training and {n_classes} test images, "
+                         f"got {len(images)} and {len(test_images)}")
     known = {image.numpy().tobytes() for image in images.cpu()}
-    if both := sum(image.numpy().tobytes() in known for image in test_images.cpu()):
+    both = sum(image.numpy().tobytes() in known for image in test_images.cpu())
+    if both:
         raise ValueError(f"{both} test images are also training images: leave them out of one set")
 
 # %% ../../nbs/measure/07_transformation.ipynb #c237ae5b
@@ -114,21 +118,21 @@ def predict_transformation(
 ) -> dict[str, Accuracy]:  # For each representation, on the test images
     "How well an MLP tells transformations (Table 3); raises `ValueError` for images in both sets."
     if isinstance(transformation, str):
-        if transformation not in TRANSFORMATIONS:
-            names = ", ".join(TRANSFORMATIONS)
-            raise ValueError(f"unknown transformation {transformation!r}: choose from {names}")
+        check_choice("transformation", transformation, TRANSFORMATIONS)
         transformation = TRANSFORMATIONS[transformation]
-    k, m, n = len(transformation.classes), len(images), len(test_images)
+    k = len(transformation.classes)
+    m, n = len(images), len(test_images)
     _check(images, test_images, k)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        y, y_test = torch.arange(k).repeat_interleave(m), (torch.arange(n) % k)[torch.randperm(n)]
+        y = torch.arange(k).repeat_interleave(m)
+        y_test = (torch.arange(n) % k)[torch.randperm(n)]
         train = _features(features, images.repeat(k, 1, 1, 1), y, transformation)
         test = _features(features, test_images, y_test, transformation)
         held_out = (torch.randperm(m) < m // 5).repeat(k)
         mlps = {name: _fit_mlp(h, y, held_out, epochs, lr) for name, h in train.items()}
-    right = {name: mlp(test[name]).argmax(1) == y_test for name, mlp in mlps.items()}
-    return {name: Accuracy(correct, 1 / k) for name, correct in right.items()}
+    return {name: Accuracy(mlp(test[name]).argmax(1) == y_test, chance=1 / k)
+            for name, mlp in mlps.items()}
 
 # %% ../../nbs/measure/07_transformation.ipynb #a2978f48
 def accuracy_gain(

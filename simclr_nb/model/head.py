@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..core.choices import check_choice
+
 # %% ../../nbs/model/04_head.ipynb #777979dd
 def _layer(dim: int, out_dim: int, batch_norm: bool, last: bool) -> list:
     "Linear without bias, BatchNorm (without shift if last) if asked for, and ReLU (not if last)."
@@ -26,9 +28,7 @@ def _hidden_widths(
     dim: int, hidden_layers: int, hidden_dim: int | Sequence | None, kind: str | None
 ) -> list:
     "Widths of the hidden layers; raises `ValueError` for options that contradict each other."
-    if kind not in (None, "linear", "nonlinear", "identity"):
-        allowed = "'identity', 'linear' or 'nonlinear'"
-        raise ValueError(f"unknown kind of head {kind!r}; choose {allowed}")
+    if kind is not None: check_choice("kind of head", kind, ("identity", "linear", "nonlinear"))
     if hidden_layers < 0: raise ValueError(f"hidden_layers must be 0 or more, got {hidden_layers}")
     if kind == "nonlinear" and hidden_layers == 0:
         raise ValueError("a nonlinear head has hidden_layers, at least 1, got 0")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.gather import _all_gather, sum_over_ranks
+from ..core.gather import all_tensors, sum_over_ranks
 from ..core.processes import world_size
 
 # %% ../../nbs/parallel/01_norm.ipynb #854f1525
@@ -47,7 +47,7 @@ def _global_moments(
 ) -> tuple[Tensor, Tensor, int]:  # Mean, biased variance, `(C,)`, and count over all ranks
     "Statistics of all ranks; raises `ValueError` on every rank if there are too few values."
     own = _moments(x)
-    moments = torch.stack(_all_gather(own) if world_size() > 1 else [own])
+    moments = torch.stack(all_tensors(own) if world_size() > 1 else [own])
     count = int(moments[:, -1].sum())
     if count < 2: raise ValueError(f"expected more than 1 value per channel in all, got {count}")
     mean, var = moments[:, :-1].chunk(2, 1)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..data import SimCLRDataLoaders, simclr_dls
 from ..transfer.datasets import TRANSFER_DATASETS, load_transfer
 from ..model.encoder import create_encoder, load_encoder
-from ..core.store import write_atomic
+from ..core.store import check_same_settings, write_atomic
 from ..evaluate.features import encoder_features
 from ..evaluate.frozen import knn_accuracy, linear_evaluation, logistic_accuracy
 from ..evaluate.tuning import finetune
@@ -31,7 +31,8 @@ from ..evaluate.result import Result, load_result
 from .report import report_html
 from ..transfer.search import BUDGETS
 from ..core.show import figure_html, plot_accuracies
-from ..transfer.transfer import finetune_transfer, linear_transfer, transfer_table
+from ..transfer.transfer import finetune_transfer, linear_transfer
+from ..transfer.table import transfer_table
 
 # %% ../../nbs/run/03_evaluate.ipynb #01041ea8
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Of RGB in [0, 1]
@@ -160,19 +161,19 @@ _FREE = {"encoder", "protocol", "out", "workers", "root", "transfer", "fractions
 
 
 def _open_folder(config: EvaluationConfig) -> Path:
-    "Folder of the run, new or of the same settings; or `ValueError`."
+    "Folder of the run, new or of the same settings; raises `ValueError` for other settings."
     digest = hashlib.sha256(Path(config.encoder).read_bytes()).hexdigest()
-    kept = {k: v for k, v in asdict(config).items() if k not in _FREE}
-    settings = json.dumps(dict(kept, weights_sha256=digest), indent=2)
-    own = f"{Path(config.encoder).stem}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-    folder = Path(config.out or Path("runs") / own)
+    settings = {k: v for k, v in asdict(config).items() if k not in _FREE}
+    settings["weights_sha256"] = digest
+    text = json.dumps(settings, indent=2)
+    default = f"{Path(config.encoder).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    folder = Path(config.out or Path("runs") / default)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "evaluation.json"
-    if path.is_file() and path.read_text(encoding="utf-8") != settings:
-        old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(settings)
-        differ = ", ".join(k for k in new if old.get(k) != new[k])
-        raise ValueError(f"{folder} holds results of another {differ}: give another folder (out)")
-    write_atomic(path, settings.encode())
+    if path.is_file():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        check_same_settings(folder, saved, settings, advice="give another folder (out)")
+    write_atomic(path, text.encode())
     return folder
 
 

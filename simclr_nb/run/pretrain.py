@@ -18,7 +18,7 @@ from fastai.torch_core import set_seed
 
 from .. import __version__
 from ..core.processes import all_objects, from_main, is_main, join_processes, world_size
-from ..core.store import write_atomic
+from ..core.store import check_same_settings, write_atomic
 from ..data import SimCLRDataLoaders, simclr_dls
 from ..evaluate.features import encoder_features, pixel_features, random_encoder
 from ..evaluate.frozen import knn_accuracy, logistic_accuracy
@@ -222,15 +222,12 @@ _FREE = {"out", "resume", "workers", "checkpoint_minutes"}  # may change when a 
 
 def _keep_settings(folder: Path, settings: dict) -> None:
     "Write `config.json`; of a run that goes on, compare it; raises `ValueError` where they differ."
-    path, own = folder / "config.json", json.loads(json.dumps(settings))
+    path = folder / "config.json"
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
-        for part in ("config", "data", "policy"):
-            old, new = ({"policy": s[part]} if part == "policy" else s[part] for s in (saved, own))
-            for name in sorted((old.keys() | new.keys()) - _FREE):
-                if old.get(name) == new.get(name): continue
-                raise ValueError(f"{folder} holds a run with {name} {old.get(name)!r}, not "
-                                 f"{new.get(name)!r}: use its settings, or another folder (out)")
+        old, new = ({part: s[part] for part in ("config", "data", "policy")}
+                    for s in (saved, settings))
+        check_same_settings(folder, old, new, _FREE, "use the old ones, or another folder (out)")
     if is_main(): write_atomic(path, json.dumps(settings, indent=2).encode())
 
 

@@ -8,6 +8,7 @@ __all__ = ['STUDY_OPERATORS', 'composition_policy']
 # %% ../../nbs/studies/01_composition.ipynb #10c9c643
 from collections.abc import Sequence
 
+from ..core.choices import check_choice
 from ..views.crop import RandomResizedCrop
 from ..views.distort import Cutout, GaussianBlur, GaussianNoise, RandomRotation, Sobel
 from ..views.policy import Policy, color_distortion
@@ -30,7 +31,6 @@ def composition_policy(
     strength: float = 1.0,  # Strength of the colour distortion, 0 to 1.25
 ) -> Policy:
     "Operators of the study (paper Figure 5), in a row; unknown ones raise `ValueError`."
-    if unknown := [name for name in names if name not in STUDY_OPERATORS]:
-        raise ValueError(f"no operator {unknown[0]!r}: choose from {', '.join(STUDY_OPERATORS)}")
+    for name in names: check_choice("operator", name, STUDY_OPERATORS)
     operators = [o for name in names for o in STUDY_OPERATORS[name](size, strength)]
     return Policy(" + ".join(names) or "identity", operators)

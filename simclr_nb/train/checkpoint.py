@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.store import write_atomic
+from ..core.store import check_same_settings, remove_unfinished, write_atomic
 from ..images.epochs import EpochLoader
 from ..parallel.microbatch import bare_model
 from simclr_nb.core.processes import (
@@ -34,6 +34,7 @@ from simclr_nb.core.processes import (
 )
 from fastai.callback.core import CancelEpochException, Callback
 from fastai.learner import Learner
+from fastcore.basics import patch
 from fastcore.foundation import L
 
 # %% ../../nbs/train/04_checkpoint.ipynb #9845d48c
@@ -86,8 +87,8 @@ def write_checkpoint(
         older = find_checkpoints(folder)
         kept = f"{older[0].name} is still there" if older else "there is no older one"
         raise OSError(f"cannot write a checkpoint to {folder}: {error}; {kept}") from error
-    killed = folder.glob(".step-*.tmp")  # left by writers that are dead
-    for old in (*find_checkpoints(folder)[max(keep, 1):], *killed): old.unlink(missing_ok=True)
+    for old in find_checkpoints(folder)[max(keep, 1):]: old.unlink(missing_ok=True)
+    remove_unfinished(folder, "step-*")
     return path
 
 # %% ../../nbs/train/04_checkpoint.ipynb #e7d60976
@@ -121,7 +122,7 @@ def _stateful(learn) -> dict[str, Callback]:
     "Callbacks with a state of their own, by name."
     return {cb.name: cb for cb in learn.cbs if hasattr(type(cb), "load_state_dict")}
 
-
+# %% ../../nbs/train/04_checkpoint.ipynb #eaa02d48
 def _recorder_state(recorder) -> dict:
     "History so far."
     smooth = recorder.smooth_loss
@@ -150,14 +151,6 @@ def _about(learn) -> dict:
         temperature=getattr(loss, "temperature", None),
         peak_lr=getattr(schedule, "peak_lr", None), batches=len(learn.dls.train))
 
-
-def _check_about(learn, saved: dict) -> None:
-    "Refuse the state of another run."
-    for name, own in _about(learn).items():
-        if saved.get(name) != own:
-            raise ValueError(f"the checkpoint is of a run with {name} {saved.get(name)}, this one"
-                             f" has {own}: use the same settings, or another folder")
-
 # %% ../../nbs/train/04_checkpoint.ipynb #cc151cc0
 def learner_state(
     learn: Learner,  # In a fit
@@ -181,7 +174,7 @@ def set_learner_state(
     state: dict,  # From `learner_state`
 ) -> None:
     "Go to a state, the random one when training begins; raises `ValueError` for another run's."
-    _check_about(learn, state["about"])
+    check_same_settings("the run of this checkpoint", state["about"], _about(learn))
     bare_model(learn.model).load_state_dict(state["model"])
     learn.opt.load_state_dict(state["opt"])
     if state["scaler"] is not None: learn.scaler.load_state_dict(state["scaler"])
@@ -214,15 +207,18 @@ class ResumableLearner(Learner):
         if start < self.n_iter:
             for i, b in enumerate(self.dl, start): self.one_batch(i, b)
 
-    def _resume_epoch(self) -> int:
-        "Set what is left; the steps of this epoch that are done."
-        state, self.resumed = self.resumed, None
-        if len(state["random"]) == world_size(): set_random_state(state["random"][rank()])
-        elif is_main():
-            warnings.warn(f"saved by {len(state['random'])} processes, resumed by {world_size()}:"
-                          " the same images follow, in views drawn anew")
-        self.pct_train = state["pct_train"]
-        return state["steps"]
+# %% ../../nbs/train/04_checkpoint.ipynb #293016f5
+@patch
+def _resume_epoch(self: ResumableLearner) -> int:
+    "Set what is left; the steps of this epoch that are done."
+    state = self.resumed
+    self.resumed = None
+    if len(state["random"]) == world_size(): set_random_state(state["random"][rank()])
+    elif is_main():
+        warnings.warn(f"saved by {len(state['random'])} processes, resumed by {world_size()}:"
+                      " the same images follow, in views drawn anew")
+    self.pct_train = state["pct_train"]
+    return state["steps"]
 
 # %% ../../nbs/train/04_checkpoint.ipynb #b75ddb24
 def _check_same_folder(state: dict | None, folder: Path) -> None:
@@ -247,60 +243,81 @@ class CheckpointCallback(Callback):
     ):
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"every_steps must be at least 1, got {every_steps}")
-        self.folder, self.every_minutes, self.every_steps = Path(folder), every_minutes, every_steps
-        self.resume, self.keep, self.saved, self.handler = resume, keep, None, None
+        self.folder = Path(folder)
+        self.every_minutes, self.every_steps = every_minutes, every_steps
+        self.resume, self.keep = resume, keep
+        self.saved = self.handler = None
 
-    def before_fit(self):
-        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
-        if not self.run: return
-        if not self.resume and find_checkpoints(self.folder):
-            raise ValueError(f"{self.folder} holds checkpoints of another run: go on with it"
-                             " (resume=True), or give another folder")
-        state = latest_checkpoint(self.folder)
-        _check_same_folder(state, self.folder)
-        if state: set_learner_state(self.learn, state)
-        bar = getattr(getattr(self, "progress", None), "mbar", None)
-        if state and bar: bar.update(0)  # fastprogress cannot begin in the middle
-        self.saved = next(iter(find_checkpoints(self.folder)), None)
-        self.is_stopped, self.saved_at = False, time.monotonic()
-        in_main = threading.current_thread() is threading.main_thread()
-        self.handler = signal.signal(signal.SIGTERM, self._stop) if in_main else None
+# %% ../../nbs/train/04_checkpoint.ipynb #1269dbdc
+@patch
+def before_fit(self: CheckpointCallback):
+    self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
+    if not self.run: return
+    if not self.resume and find_checkpoints(self.folder):
+        raise ValueError(f"{self.folder} holds checkpoints of another run: go on with it"
+                         " (resume=True), or give another folder")
+    state = latest_checkpoint(self.folder)
+    _check_same_folder(state, self.folder)
+    if state: set_learner_state(self.learn, state)
+    bar = getattr(getattr(self, "progress", None), "mbar", None)
+    if state and bar: bar.update(0)  # fastprogress cannot begin in the middle
+    self.saved = next(iter(find_checkpoints(self.folder)), None)
+    self.is_stopped = False
+    self.saved_at = time.monotonic()
+    in_main = threading.current_thread() is threading.main_thread()
+    self.handler = signal.signal(signal.SIGTERM, self._stop) if in_main else None
 
-    def after_batch(self):
-        if self.training and self.iter + 1 == self.n_iter: return  # `after_train` is next
-        minutes = (time.monotonic() - self.saved_at) / 60
-        due = self.every_steps and self.train_iter % self.every_steps == 0
-        stop, due = any_rank(self.is_stopped, due or minutes >= self.every_minutes)
-        if self.training and (stop or due): self._write(self.iter + 1)
-        if stop: self._end()  # in validation: what training did was saved when it was over
+# %% ../../nbs/train/04_checkpoint.ipynb #8502c1ac
+@patch
+def _write(self: CheckpointCallback, steps: int) -> None:
+    "Write the state, unless it is spoilt or could not be resumed."
+    if steps < self.n_iter and not isinstance(self.dls.train, EpochLoader): return
+    if hasattr(self.learn, "finite_loss"): self.finite_loss.read()  # the history up to here
+    if not all(p.isfinite().all() for p in self.model.parameters()): return
+    state = learner_state(self.learn, steps)
+    error = None
+    if is_main():
+        try: self.saved = write_checkpoint(self.folder, self.train_iter, state, self.keep)
+        except OSError as e: error = str(e)
+    error = from_main(error)
+    if error: raise OSError(error)
+    self.saved_at = time.monotonic()
 
-    def after_train(self):
-        self._write(self.n_iter)
-        if any(any_rank(self.is_stopped)): self._end()
+# %% ../../nbs/train/04_checkpoint.ipynb #77f5d4b0
+@patch
+def _stop(self: CheckpointCallback, *signal_and_frame): self.is_stopped = True
 
-    def give_back(self) -> None:
-        "Let SIGTERM do what it did before."
-        if self.handler is not None: signal.signal(signal.SIGTERM, self.handler)
-        self.handler = None
 
-    def after_fit(self):
-        if any(any_rank(self.is_stopped)): self._end()
+@patch
+def _end(self: CheckpointCallback) -> None:
+    "End the process, since one was asked to."
+    if is_main(): print(f"asked to stop (SIGTERM): the state is in {self.folder}", flush=True)
+    raise SystemExit(128 + signal.SIGTERM)
 
-    def _write(self, steps: int) -> None:
-        "Write the state, unless it is spoilt or could not be resumed."
-        if steps < self.n_iter and not isinstance(self.dls.train, EpochLoader): return
-        if hasattr(self.learn, "finite_loss"): self.finite_loss.read()  # the history up to here
-        if not all(p.isfinite().all() for p in self.model.parameters()): return
-        state, error = learner_state(self.learn, steps), None
-        if is_main():
-            try: self.saved = write_checkpoint(self.folder, self.train_iter, state, self.keep)
-            except OSError as e: error = str(e)
-        if error := from_main(error): raise OSError(error)  # on all ranks: none shall wait
-        self.saved_at = time.monotonic()
+# %% ../../nbs/train/04_checkpoint.ipynb #616a68c4
+@patch
+def after_batch(self: CheckpointCallback):
+    if self.training and self.iter + 1 == self.n_iter: return  # `after_train` is next
+    minutes = (time.monotonic() - self.saved_at) / 60
+    is_due = self.every_steps and self.train_iter % self.every_steps == 0
+    stop, save = any_rank(self.is_stopped, is_due or minutes >= self.every_minutes)
+    if self.training and (stop or save): self._write(self.iter + 1)
+    if stop: self._end()
 
-    def _end(self) -> None:
-        "End the process, since one was asked to."
-        if is_main(): print(f"asked to stop (SIGTERM): the state is in {self.folder}", flush=True)
-        raise SystemExit(128 + signal.SIGTERM)
 
-    def _stop(self, *signal_and_frame): self.is_stopped = True
+@patch
+def after_train(self: CheckpointCallback):
+    self._write(self.n_iter)
+    if any(any_rank(self.is_stopped)): self._end()
+
+
+@patch
+def after_fit(self: CheckpointCallback):
+    if any(any_rank(self.is_stopped)): self._end()
+
+# %% ../../nbs/train/04_checkpoint.ipynb #b24b8b08
+@patch
+def give_back(self: CheckpointCallback) -> None:
+    "Let SIGTERM do what it did before."
+    if self.handler is not None: signal.signal(signal.SIGTERM, self.handler)
+    self.handler = None

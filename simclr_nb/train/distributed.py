@@ -21,6 +21,7 @@ from accelerate import DistributedDataParallelKwargs
 from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL, DistributedTrainer
 from fastai.torch_core import set_seed
+from fastcore.basics import patch
 
 # %% ../../nbs/train/05_distributed.ipynb #add86d5e
 class RankLoader(DistributedDL):
@@ -37,11 +38,17 @@ class RankLoader(DistributedDL):
 # %% ../../nbs/train/05_distributed.ipynb #bd65858f
 def _check_same_loaders(loaders: list) -> None:
     "Refuse loaders that differ between ranks."
-    own = [dl.state_dict() if isinstance(dl, EpochLoader) else len(dl) for dl in loaders]
-    every = all_objects(own)
-    if any(other != every[0] for other in every):
-        raise ValueError(f"the loaders of the ranks differ: {every}; give all ranks the same data,"
+    states = [dl.state_dict() if isinstance(dl, EpochLoader) else len(dl) for dl in loaders]
+    of_ranks = all_objects(states)
+    if any(other != of_ranks[0] for other in of_ranks):
+        raise ValueError(f"the loaders of the ranks differ: {of_ranks}; give all ranks the same data,"
                          " batch and seed")
+
+# %% ../../nbs/train/05_distributed.ipynb #7b9df854
+def _seed_by_rank() -> None:
+    "Another random state on each rank, all decided by that of rank 0."
+    seed = from_main(torch.randint(2**31, (1,)).item())
+    set_seed(int(np.random.SeedSequence([seed, rank()]).generate_state(1)[0]))
 
 # %% ../../nbs/train/05_distributed.ipynb #2dcd9a60
 class DistributedCallback(DistributedTrainer):
@@ -60,25 +67,33 @@ class DistributedCallback(DistributedTrainer):
         kwargs = dict(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers) | kwargs
         super().__init__(sync_bn=False, **kwargs)
 
-    def before_fit(self):
-        self.run = world_size() > 1
-        if not self.run: return
-        self.learn.model = bare_model(self.model)  # an earlier fit may have failed
-        if self.global_batch_norm: to_global_batch_norm(self.model)
-        self.old_loss, self.learn.loss_func = self.loss_func, global_loss(self.loss_func)
-        with warnings.catch_warnings():  # of an argument for which accelerate has no other name yet
-            warnings.simplefilter("ignore", FutureWarning)
-            super().before_fit()
-        _check_same_loaders(self.dls.loaders)
-        seeds = np.random.SeedSequence([from_main(torch.randint(2**31, (1,)).item()), rank()])
-        set_seed(int(seeds.generate_state(1)[0]))
-
-    def after_loss(self): self.learn.loss = sum_over_ranks(self.loss) / world_size()
-
-    def after_fit(self):
-        self.learn.model, self.learn.loss_func = bare_model(self.model), self.old_loss
-        self.learn.dls.loaders = self.old_dls
-
     def _wrap_dl(self, dl: DataLoader) -> DataLoader:
         "Loaders that do not know their rank, wrapped."
         return dl if isinstance(dl, (EpochLoader, RankLoader)) else RankLoader(dl, device=dl.device)
+
+# %% ../../nbs/train/05_distributed.ipynb #bc0f3761
+@patch
+def before_fit(self: DistributedCallback):
+    self.run = world_size() > 1
+    if not self.run: return
+    self.learn.model = bare_model(self.model)  # an earlier fit may have failed
+    if self.global_batch_norm: to_global_batch_norm(self.model)
+    self.old_loss = self.loss_func
+    self.learn.loss_func = global_loss(self.loss_func)
+    with warnings.catch_warnings():  # of an argument for which accelerate has no other name yet
+        warnings.simplefilter("ignore", FutureWarning)
+        DistributedTrainer.before_fit(self)
+    _check_same_loaders(self.dls.loaders)
+    _seed_by_rank()
+
+
+@patch
+def after_loss(self: DistributedCallback):
+    self.learn.loss = sum_over_ranks(self.loss) / world_size()
+
+
+@patch
+def after_fit(self: DistributedCallback):
+    self.learn.model = bare_model(self.model)
+    self.learn.loss_func = self.old_loss
+    self.learn.dls.loaders = self.old_dls

@@ -16,6 +16,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..core.choices import check_choice
+
 # %% ../../nbs/train/01_optim.ipynb #b4641568
 def trust_ratio(
     weight_norm: Tensor,  # Norms of weight tensors, any shape
@@ -82,7 +84,8 @@ def _adapt(weights: list, updates: list, trust_coefficient: float) -> list:
 # %% ../../nbs/train/01_optim.ipynb #ba5811ee
 def _update(weights: list, velocity: list, group: dict, adapt: bool) -> None:
     "One step for alike parameters of a group, in place; `adapt`: with decay and trust ratio."
-    lr, momentum, grads = group["lr"], group["momentum"], [p.grad for p in weights]
+    lr, momentum = group["lr"], group["momentum"]
+    grads = [p.grad for p in weights]
     scale = list
     if adapt:
         scale = partial(_adapt, weights, trust_coefficient=group["trust_coefficient"])
@@ -149,8 +152,7 @@ def create_optimizer(
     **kwargs,  # Further options of the optimiser: `momentum`, `nesterov`, `betas`, `classic`, ...
 ) -> Optimizer:  # For PyTorch, or for fastai inside an `OptimWrapper`
     "Optimiser by name; raises `ValueError` for unknown names and values out of range."
-    if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimiser {name!r}; choose one of {', '.join(OPTIMIZERS)}")
+    check_choice("optimizer", name, OPTIMIZERS)
     for key, value in dict(lr=lr, weight_decay=weight_decay).items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{key} must be finite and at least 0, got {value}")
@@ -166,8 +168,7 @@ def scale_lr(
 ) -> float:  # Peak learning rate
     "Learning rate for a batch size; raises `ValueError` for unknown rules and values out of range."
     rules = dict(linear=batch_size / 256, sqrt=max(batch_size, 0) ** 0.5, none=1.0)
-    if rule not in rules:
-        raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(rules)}")
+    check_choice("rule", rule, rules)
     if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not 0 <= base_lr < math.inf:
         raise ValueError(f"base_lr must be finite and at least 0, got {base_lr}")

@@ -13,8 +13,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 from torch import Generator, Tensor
 
+from ..core.choices import check_choice
 from .crop import RandomOperator, uniform
 
 # %% ../../nbs/views/02_color.ipynb #a16d79ee
@@ -158,7 +160,7 @@ COLOR_VARIANTS = dict(
     official_v2=ColorVariant((adjust_brightness, *_official), additive=False, shuffle=True),
 )
 
-# %% ../../nbs/views/02_color.ipynb #3db4dcb4
+# %% ../../nbs/views/02_color.ipynb #436bdd3d
 class ColorJitter(RandomOperator):
     "Random brightness, contrast, saturation and hue, drawn for each image (paper appendix A)."
 
@@ -175,37 +177,44 @@ class ColorJitter(RandomOperator):
         if not 0 <= hue <= 0.5: raise ValueError(f"hue must lie in [0, 0.5], got {hue}")
         if min(brightness, contrast, saturation) < 0:
             raise ValueError("brightness, contrast, saturation must be >= 0")
-        if variant not in COLOR_VARIANTS:
-            raise ValueError(f"choose from {', '.join(COLOR_VARIANTS)}: got {variant!r}")
+        check_choice("variant", variant, COLOR_VARIANTS)
         self.brightness, self.contrast, self.saturation = brightness, contrast, saturation
         self.hue, self.variant = hue, variant
 
-    def parameters(self, n: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        "Factors `(n, 4)` and order of the four operations `(n, 4)`."
-        _, additive, shuffle = COLOR_VARIANTS[self.variant]
-        ranges = [(max(1 - f, 0), 1 + f) for f in (self.brightness, self.contrast, self.saturation)]
-        if additive: ranges[0] = -self.brightness, self.brightness
-        ranges.append((-self.hue, self.hue))
-        factors = torch.stack([uniform(n, *r, generator) for r in ranges], 1)
-        if not shuffle: return factors, torch.arange(4).expand(n, 4)
-        return factors, torch.rand(n, 4, generator=generator).argsort(1)
+# %% ../../nbs/views/02_color.ipynb #776e708a
+@patch
+def __repr__(self: ColorJitter):
+    names = "brightness", "contrast", "saturation", "hue"
+    values = ", ".join(f"{name} {getattr(self, name):g}" for name in names)
+    variant = "" if self.variant == "torch" else f" ({self.variant})"
+    order = "random" if COLOR_VARIANTS[self.variant].shuffle else "this"
+    return f"colour jitter{variant} with p={self.p:g}, in {order} order: {values}"
 
-    def apply(self, x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-        "Images `(M, 3, H, W)` in [0, 1], jittered; changes `x` in place."
-        operations, _, shuffle = COLOR_VARIANTS[self.variant]
-        for turn in order.T:
-            for op, adjust in enumerate(operations):
-                chosen = (turn == op).nonzero()[:, 0]
-                rows = chosen.to(x.device, non_blocking=True)
-                x[rows] = adjust(x[rows], factors[chosen, op])
-        return x if shuffle else x.clamp_(0, 1)
+# %% ../../nbs/views/02_color.ipynb #3cbc9cbf
+@patch
+def parameters(
+    self: ColorJitter, n: int, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    "Factors `(n, 4)` and order of the four operations `(n, 4)`."
+    _, additive, shuffle = COLOR_VARIANTS[self.variant]
+    ranges = [(max(1 - f, 0), 1 + f) for f in (self.brightness, self.contrast, self.saturation)]
+    if additive: ranges[0] = -self.brightness, self.brightness
+    ranges.append((-self.hue, self.hue))
+    factors = torch.stack([uniform(n, *r, generator) for r in ranges], 1)
+    if not shuffle: return factors, torch.arange(4).expand(n, 4)
+    return factors, torch.rand(n, 4, generator=generator).argsort(1)
 
-    def __repr__(self):
-        names = "brightness", "contrast", "saturation", "hue"
-        values = ", ".join(f"{name} {getattr(self, name):g}" for name in names)
-        variant = "" if self.variant == "torch" else f" ({self.variant})"
-        order = "random" if COLOR_VARIANTS[self.variant].shuffle else "this"
-        return f"colour jitter{variant} with p={self.p:g}, in {order} order: {values}"
+# %% ../../nbs/views/02_color.ipynb #3db4dcb4
+@patch
+def apply(self: ColorJitter, x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    "Images `(M, 3, H, W)` in [0, 1], jittered; changes `x` in place."
+    operations, _, shuffle = COLOR_VARIANTS[self.variant]
+    for turn in order.T:
+        for op, adjust in enumerate(operations):
+            chosen = (turn == op).nonzero()[:, 0]
+            rows = chosen.to(x.device, non_blocking=True)
+            x[rows] = adjust(x[rows], factors[chosen, op])
+    return x if shuffle else x.clamp_(0, 1)
 
 # %% ../../nbs/views/02_color.ipynb #81b6eef8
 class RandomGrayscale(RandomOperator):

@@ -89,7 +89,8 @@ def shifted_sum(
 # %% ../../nbs/views/06_compiled.ipynb #dca355c6
 def _blur(x: Tensor, taps: Tensor, border: str) -> Tensor:
     "Blur by compiled sums; taps `(N, r + 1)` from the centre."
-    r, mode = taps.shape[1] - 1, dict(reflect="reflect", zero="constant")[border]
+    r = taps.shape[1] - 1
+    mode = dict(reflect="reflect", zero="constant")[border]
     x = _compiled(shifted_sum)(F.pad(x, (0, 0, r, r), mode=mode), taps, 2)
     return _compiled(shifted_sum)(F.pad(x, (r, r, 0, 0), mode=mode), taps, 3)
 
@@ -170,7 +171,8 @@ class _Blur(GaussianBlur):
 # %% ../../nbs/views/06_compiled.ipynb #bc70f397
 def _fused(operators: list) -> list:
     "Operators with those replaced that have a compiled form."
-    out, rest = [], list(operators)
+    out = []
+    rest = list(operators)
     while rest:
         o = rest.pop(0)
         if type(o) is RandomResizedCrop: o = _Crop(o)
@@ -181,6 +183,14 @@ def _fused(operators: list) -> list:
     return out
 
 # %% ../../nbs/views/06_compiled.ipynb #5ce6005c
+def _parts(x: Tensor, size: int | None) -> list[slice]:
+    "Rows of a batch that go through the operators at once."
+    if x.device.type != "cpu": return [slice(len(x))]
+    pixels = 3 * (size or x.shape[3]) ** 2
+    at_once = max(2**23 // (4 * pixels), 1)
+    return [slice(i, i + at_once) for i in range(0, len(x), at_once)]
+
+# %% ../../nbs/views/06_compiled.ipynb #f66f2500
 class _CompiledPolicy(Policy):
     "A policy of compiled operators; as any other where one of them has no compiled form."
 
@@ -190,13 +200,10 @@ class _CompiledPolicy(Policy):
             return super().__call__(x, generator)
         x = self._begin(x, generator)
         draws = [o.drawn(x, generator) for o in self.operators]
-        pixels = 3 * (self.size or x.shape[3]) ** 2
-        at_once = max(2**23 // (4 * pixels), 1) if x.device.type == "cpu" else len(x)
-        parts = [slice(i, i + at_once) for i in range(0, len(x), at_once)]
         sides = (self.size, self.size) if self.size else x.shape[2:]
         views = x.new_empty(len(x), 3, *sides, dtype=torch.float32)
-        for rows in parts:
-            part = self._changed(x[rows], [[v[rows] for v in own] for own in draws])
+        for rows in _parts(x, self.size):
+            part = self._changed(x[rows], [[v[rows] for v in values] for values in draws])
             torch.clamp(part, 0, 1, out=views[rows])
         return views
 
@@ -205,7 +212,7 @@ class _CompiledPolicy(Policy):
         if not (x.dtype == torch.uint8 and isinstance(self.operators[0], _Colors)):
             x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
         with torch.autocast(x.device.type, enabled=False):
-            for o, own in zip(self.operators, draws, strict=True): x = o.change(x, *own)
+            for o, values in zip(self.operators, draws, strict=True): x = o.change(x, *values)
         return x
 
 # %% ../../nbs/views/06_compiled.ipynb #14449360

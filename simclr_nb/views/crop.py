@@ -11,7 +11,10 @@ import math
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Generator, Tensor
+
+from ..core.choices import check_choice
 
 # %% ../../nbs/views/01_crop.ipynb #826a7480
 def uniform(
@@ -83,8 +86,7 @@ def resize_weights(
     dtype: torch.dtype = torch.float32,  # Of the weights
 ) -> Tensor:  # Rows sum to 1, `(N, size_out, size_in)`
     "Matrices to crop, resize, perhaps flip one axis; raises `ValueError` for an unknown name."
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"choose from {', '.join(INTERPOLATIONS)}: got {interpolation!r}")
+    check_choice("interpolation", interpolation, INTERPOLATIONS)
     start, length = (v.to(dtype)[:, None, None] for v in (start, length))
     scale = length / size_out
     place = torch.arange(size_out, dtype=dtype, device=start.device)[:, None] + 0.5
@@ -217,31 +219,37 @@ class RandomResizedCrop:
         if size < 1: raise ValueError(f"size must be at least 1 pixel, got {size}")
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale must lie in (0, 1], in order, got {scale}")
-        for value, known in [(interpolation, INTERPOLATIONS), (sampler, SAMPLERS)]:
-            if value not in known:
-                raise ValueError(f"choose from {', '.join(known)}: got {value!r}")
+        check_choice("interpolation", interpolation, INTERPOLATIONS)
+        check_choice("sampler", sampler, SAMPLERS)
         self.size, self.scale, self.ratio = size, scale, ratio
         self.flip, self.antialias = flip, antialias
         self.interpolation, self.sampler = interpolation, sampler
 
-    def draw(self, n: int, height: int, width: int,
-             generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        "Boxes `(n, 4)` and flips `(n,)`."
-        sample = SAMPLERS[self.sampler]
-        boxes = sample(n, height, width, self.scale, self.ratio, generator=generator)
-        return boxes, uniform(n, 0, 1, generator) < self.flip
+# %% ../../nbs/views/01_crop.ipynb #f77afe82
+@patch
+def __repr__(self: RandomResizedCrop):
+    area = f"{self.scale[0]:.0%} to {self.scale[1]:.0%} of the area"
+    sampler = "" if self.sampler == "torchvision" else f" ({self.sampler}'s sampler)"
+    how = "" if self.interpolation == "bilinear" else f", {self.interpolation}"
+    if not self.antialias and self.interpolation not in REPEAT_EDGES: how += ", not antialiased"
+    return f"crop {area}{sampler}, resize to {self.size} px{how}, flip with p={self.flip:g}"
 
-    def __call__(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        "Images `(N, C, H, W)` to `(N, C, size, size)`."
-        boxes, flip = self.draw(len(x), *x.shape[2:], generator)
-        return crop_resize(x, boxes, self.size, flip, self.antialias, self.interpolation)
+# %% ../../nbs/views/01_crop.ipynb #2a0320ac
+@patch
+def draw(
+    self: RandomResizedCrop, n: int, height: int, width: int, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    "Boxes `(n, 4)` and flips `(n,)`."
+    sample = SAMPLERS[self.sampler]
+    boxes = sample(n, height, width, self.scale, self.ratio, generator=generator)
+    return boxes, uniform(n, 0, 1, generator) < self.flip
 
-    def __repr__(self):
-        area = f"{self.scale[0]:.0%} to {self.scale[1]:.0%} of the area"
-        sampler = "" if self.sampler == "torchvision" else f" ({self.sampler}'s sampler)"
-        how = "" if self.interpolation == "bilinear" else f", {self.interpolation}"
-        if not self.antialias and self.interpolation not in REPEAT_EDGES: how += ", not antialiased"
-        return f"crop {area}{sampler}, resize to {self.size} px{how}, flip with p={self.flip:g}"
+
+@patch
+def __call__(self: RandomResizedCrop, x: Tensor, generator: Generator | None = None) -> Tensor:
+    "Images `(N, C, H, W)` to `(N, C, size, size)`."
+    boxes, flip = self.draw(len(x), *x.shape[2:], generator)
+    return crop_resize(x, boxes, self.size, flip, self.antialias, self.interpolation)
 
 # %% ../../nbs/views/01_crop.ipynb #b59297c0
 def _mirrored(shift: Tensor, side: int, device: torch.device) -> Tensor:
@@ -260,7 +268,8 @@ def reflect_translate(
         if shift.shape != x.shape[:1] or shift.is_floating_point():
             raise ValueError(f"expected a whole number for each image, ({len(x)},), got "
                              f"{shift.dtype}, {tuple(shift.shape)}")
-        if (far := shift.abs() >= side).any():
+        far = shift.abs() >= side
+        if far.any():
             raise ValueError(f"a shift must be shorter than the side of {side} pixels, "
                              f"got {shift[far][0]}")
     rows, cols = (_mirrored(s, n, x.device) for s, n in zip((down, right), x.shape[2:]))

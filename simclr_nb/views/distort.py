@@ -11,8 +11,10 @@ import math
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Generator, Tensor
 
+from ..core.choices import check_choice
 from .color import per_image
 from .crop import RandomOperator, uniform
 
@@ -28,7 +30,9 @@ def _band_matrices(
     reach = pixel[:, None] + torch.arange(-radius, radius + 1, device=taps.device)
     source = (side - 1) - ((side - 1) - reach.abs()).abs()
     taps = taps.expand(-1, side, -1)
-    if border == "zero": source, taps = source.clamp(0), taps * (source == reach)
+    if border == "zero":
+        taps = taps * (source == reach)
+        source = source.clamp(0)
     bands = taps.new_zeros(len(taps), side, side)
     return bands.scatter_add_(2, source.expand(len(taps), -1, -1), taps)
 
@@ -57,8 +61,7 @@ def gaussian_blur(
     border: str = "reflect",  # Beyond the image: "reflect" it, or "zero", as the official code
 ) -> Tensor:  # `(N, C, H, W)`
     "Blur each image by its own Gaussian (paper appendix A); unfit kernels raise `ValueError`."
-    if border not in ("reflect", "zero"):
-        raise ValueError(f"border must be 'reflect' or 'zero', got {border!r}")
+    check_choice("border", border, ("reflect", "zero"))
     _check_kernel(kernel_size, x, limit=border == "reflect")
     taps = gaussian_taps(per_image(sigma, x).flatten(), kernel_size)[:, None]
     rows, cols = (_band_matrices(taps, side, border) for side in x.shape[2:])
@@ -88,15 +91,17 @@ class GaussianBlur(RandomOperator):
         "Images `(M, C, H, W)`, blurred by their own `sigma`."
         return gaussian_blur(x, sigma, self.kernel_size(x), self.border)
 
-    def kernel_size(self, x: Tensor) -> int:
-        "Taps of the kernel for images of this size, odd."
-        return int(self.kernel * x.shape[2]) | 1
-
     def __repr__(self):
         sigma = f"sigma {self.sigma[0]:g} to {self.sigma[1]:g} px"
         border = "zeros outside" if self.border == "zero" else "border reflected"
         kernel = f"kernel {self.kernel:.0%} of the side"
         return f"Gaussian blur with p={self.p:g}: {sigma}, {kernel}, {border}"
+
+# %% ../../nbs/views/03_distort.ipynb #aba28281
+@patch
+def kernel_size(self: GaussianBlur, x: Tensor) -> int:
+    "Taps of the kernel for images of this size, odd."
+    return int(self.kernel * x.shape[2]) | 1
 
 # %% ../../nbs/views/03_distort.ipynb #0026b1e4
 def rotate90(
@@ -244,7 +249,8 @@ def motion_blur(
     "Average each image along its own line, borders reflected; unfit kernels raise `ValueError`."
     _check_kernel(kernel_size, x)
     if not len(x): return x
-    (n, c), radius = x.shape[:2], kernel_size // 2
+    n, c = x.shape[:2]
+    radius = kernel_size // 2
     kernels = _line_kernels(per_image(angle, x).flatten(), kernel_size)
     padded = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)
     kernels = kernels.repeat_interleave(c, 0)[:, None]

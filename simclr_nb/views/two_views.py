@@ -7,11 +7,21 @@ __all__ = ['TwoViews']
 
 # %% ../../nbs/views/05_two_views.ipynb #41ca4b58
 import torch
+from fastcore.basics import patch
 from torch import Generator, Tensor
 
 from .policy import Policy
 
 # %% ../../nbs/views/05_two_views.ipynb #8d4b01e1
+def _shared_by(policies: tuple) -> Policy | None:
+    "The beginning that policies share already; raises `ValueError` if they differ in it."
+    shared = {repr(p.shared): p.shared for p in policies if p.shared}
+    if len(shared) > 1:
+        raise ValueError("the policies share different operators, give one `shared` for both: "
+                         + " or ".join(shared))
+    return next(iter(shared.values()), None)
+
+# %% ../../nbs/views/05_two_views.ipynb #7b1fa3b3
 class TwoViews:
     "Two independent views of every image, first views in the first half of the rows."
 
@@ -21,42 +31,13 @@ class TwoViews:
         second: Policy | None = None,  # Draws the second view; the same policy by default
         shared: Policy | None = None,  # Applied once to each image, before either; none by default
     ):
-        self.policy, self.second = policy, second or policy
-        own = {repr(p.shared): p.shared for p in (policy, self.second) if p.shared}
-        if not shared and len(own) > 1:
-            raise ValueError("the policies share different operators, give one `shared` for both: "
-                             + " or ".join(own))
-        self.shared = shared or next(iter(own.values()), None)
+        self.policy = policy
+        self.second = second or policy
+        self.shared = shared or _shared_by((self.policy, self.second))
         start = self.shared.size if self.shared else None
-        sizes = [p.size or start for p in (policy, self.second)]
+        sizes = [p.size or start for p in (self.policy, self.second)]
         if all(sizes) and sizes[0] != sizes[1]:
             raise ValueError(f"both views must have one size, got {sizes[0]} and {sizes[1]} px")
-
-    def __call__(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        "Images `(N, C, H, W)`, or pairs of crops `(N, 2, C, S, S)`, to views `(2N, C, S, S)`."
-        if x.ndim == 5 and x.shape[1] == 2:
-            if not (self.shared and self.shared.crop): return self._cropped(x, generator)
-            x = self.shared.after_crop()(x[:, 0], generator)
-        elif x.ndim != 4:
-            raise ValueError(f"expected (N, C, H, W) or (N, 2, C, S, S), got {tuple(x.shape)}")
-        elif self.shared: x = self.shared(x, generator)
-        policies = self.policy.separate(), self.second.separate()
-        return torch.cat([policy(x, generator) for policy in policies])
-
-    def _cropped(self, pairs: Tensor, generator: Generator | None) -> Tensor:
-        "What is left to do for pairs of crops."
-        if repr(self.policy.crop) != repr(self.second.crop):
-            raise ValueError("the images are cropped by one crop, and the policies have two: "
-                             f"{self.policy.crop} and {self.second.crop}")
-        if self.shared:  # the same draws for both crops
-            seed = torch.randint(2**62, (1,), generator=generator).item()
-            pairs = torch.stack([self.shared(x, Generator().manual_seed(seed))
-                                 for x in pairs.unbind(1)], 1)
-        rest = [p.separate().after_crop() for p in (self.policy, self.second)]
-        if self.second is self.policy:
-            return rest[0](pairs.transpose(0, 1).flatten(0, 1), generator)
-        both = zip(rest, pairs.unbind(1), strict=True)
-        return torch.cat([policy(x, generator) for policy, x in both])
 
     def __repr__(self):
         first, second = self.policy.separate(), self.second.separate()
@@ -64,3 +45,33 @@ class TwoViews:
         if self.second is not self.policy:
             views = f"first views by the {first!r}\nsecond views by the {second!r}"
         return f"both views after the {self.shared!r}\n{views}" if self.shared else views
+
+# %% ../../nbs/views/05_two_views.ipynb #f0fd7b77
+@patch
+def _cropped(self: TwoViews, pairs: Tensor, generator: Generator | None) -> Tensor:
+    "What is left to do for pairs of crops."
+    if repr(self.policy.crop) != repr(self.second.crop):
+        raise ValueError("the images are cropped by one crop, and the policies have two: "
+                         f"{self.policy.crop} and {self.second.crop}")
+    if self.shared:  # the same draws for both crops
+        seed = torch.randint(2**62, (1,), generator=generator).item()
+        pairs = torch.stack([self.shared(x, Generator().manual_seed(seed))
+                             for x in pairs.unbind(1)], 1)
+    rest = [p.separate().after_crop() for p in (self.policy, self.second)]
+    if self.second is self.policy:
+        return rest[0](pairs.transpose(0, 1).flatten(0, 1), generator)
+    both = zip(rest, pairs.unbind(1), strict=True)
+    return torch.cat([policy(x, generator) for policy, x in both])
+
+# %% ../../nbs/views/05_two_views.ipynb #ceb6855f
+@patch
+def __call__(self: TwoViews, x: Tensor, generator: Generator | None = None) -> Tensor:
+    "Images `(N, C, H, W)`, or pairs of crops `(N, 2, C, S, S)`, to views `(2N, C, S, S)`."
+    if x.ndim == 5 and x.shape[1] == 2:
+        if not (self.shared and self.shared.crop): return self._cropped(x, generator)
+        x = self.shared.after_crop()(x[:, 0], generator)
+    elif x.ndim != 4:
+        raise ValueError(f"expected (N, C, H, W) or (N, 2, C, S, S), got {tuple(x.shape)}")
+    elif self.shared: x = self.shared(x, generator)
+    policies = self.policy.separate(), self.second.separate()
+    return torch.cat([policy(x, generator) for policy in policies])
