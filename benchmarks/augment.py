@@ -45,7 +45,8 @@ def squares(n: int, side: int) -> Tensor:
 
 def load(data: str, size: int, n: int, batch: int) -> SimCLRDataLoaders:
     "Shuffled uint8 batches from memory: CIFAR-10, or photos for large views; or noise."
-    side, source = SIDES[size], "cifar10"
+    side = SIDES[size]
+    source = "cifar10"
     if data == "random" or size != 32:
         if data != "random": images = squares(n, side)
         else: images = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8)
@@ -57,8 +58,10 @@ def load(data: str, size: int, n: int, batch: int) -> SimCLRDataLoaders:
 
 def passes(size: int, dls: SimCLRDataLoaders, args) -> dict[str, Callable[[], Iterable]]:
     "For each way, what goes over all images once and yields lists of views."
-    images, plain = list(dls.train.dataset.images), TwoViews(dls.policy)
-    fast, kornia = compiled_views(plain), kornia_views(size)
+    images = list(dls.train.dataset.images)
+    plain = TwoViews(dls.policy)
+    fast = compiled_views(plain)
+    kornia = kornia_views(size)
     batched = dict(ours=lambda x: [fast(x)], eager=lambda x: [plain(x)], kornia=kornia)
     others = dict(lightly=lightly_views, solo=solo_views, torchvision=torchvision_views)
     loaders = {name: one_by_one(make(size), images, dls.train.bs, args.workers)
@@ -84,9 +87,12 @@ def limit(size: int) -> dict:
     cropped by two matrix products. Colour and blur count for nothing here, so the roof is not
     reachable.
     """
-    a, side, product = torch.ones(2, 2**26), SIDES[size], product_rate()
+    a = torch.ones(2, 2**26)
+    side = SIDES[size]
+    product = product_rate()
     copy = rate(lambda: a[0].copy_(a[1]), 2 * a[0].nbytes)
-    n_bytes, n_flop = 3 * side**2 + 2 * 4 * 3 * size**2, 2 * 2 * 3 * size * side * (side + size)
+    n_bytes = 3 * side**2 + 2 * 4 * 3 * size**2
+    n_flop = 2 * 2 * 3 * size * side * (side + size)
     return dict(copy_gb_per_s=round(copy / 1e9, 2), product_gflop_per_s=round(product / 1e9, 1),
                 bytes_per_image=n_bytes, flop_per_image=n_flop,
                 images_per_s=round(min(copy / n_bytes, product / n_flop)))
@@ -94,12 +100,14 @@ def limit(size: int) -> dict:
 
 def measure_size(size: int, n: int, batch: int, args: argparse.Namespace) -> dict:
     "What is measured with views of one size."
-    dls, pixels = load(args.data, size, n, batch), {}
+    dls = load(args.data, size, n, batch)
+    pixels = {}
     n = len(dls.train) * batch
     works = {name: partial(one_pass, name, batches, n, pixels)
              for name, batches in passes(size, dls, args).items()}
     with kept_memory(): speeds = rounds(works, args.repeats, warm=2)  # memory as in training
-    theirs, roof = speeds["lightly"]["median"], limit(size)
+    theirs = speeds["lightly"]["median"]
+    roof = limit(size)
     return dict(
         images_timed=n, batch=batch, policy=repr(TwoViews(dls.policy)), speeds=speeds,
         pixels=pixels, ratios={name: round(s["median"] / theirs, 2) for name, s in speeds.items()},
@@ -121,7 +129,8 @@ def measure(args: argparse.Namespace) -> dict:
 
 def rows(size: str, found: dict) -> list[str]:
     "A table of one size, and its roof."
-    ratios, roof = found["ratios"], found["limit"]
+    ratios = found["ratios"]
+    roof = found["limit"]
     return [
         f"| images/s, two views of {size} px | median | lowest | highest | to lightly |",
         "|---|---:|---:|---:|---:|",

@@ -66,7 +66,8 @@ def network_rate(dtype: torch.dtype = torch.float32) -> float:
     A large convolution or a large product of matrices, the faster. PyTorch has them from different
     libraries, and on some processors one is twice as fast as the other.
     """
-    x, weight = torch.ones(32, 512, 16, 16, dtype=dtype), torch.ones(512, 512, 3, 3, dtype=dtype)
+    x = torch.ones(32, 512, 16, 16, dtype=dtype)
+    weight = torch.ones(512, 512, 3, 3, dtype=dtype)
     x, weight = (v.to(memory_format=torch.channels_last) for v in (x, weight))
     convolution = rate(lambda: F.conv2d(x, weight, padding=1), 2 * x.numel() * weight[0].numel())
     return max(product_rate(dtype=dtype), convolution)
@@ -169,7 +170,8 @@ def finish(card: dict, *spreads: dict) -> dict:
 
 def closing(card: dict, what: str) -> list[str]:
     "Last lines of a table: what ran, where and when; and whether something disturbed it."
-    h, v = card["hardware"], card["versions"]
+    h = card["hardware"]
+    v = card["versions"]
     listed = ", ".join(f"{k} {v[k]}" for k in v if k not in ("simclr_nb", "python"))
     where = f"{h['cpu']}, cores: {h['cores']}, load before the run: {h['load_before']}"
     lines = [f"{what} {where}. {listed}, {card['date'][:10]}."]
@@ -189,7 +191,9 @@ def write(name: str, card: dict, table: str, output: Path | None) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     if output: return
-    results, first, last = HERE / "RESULTS.md", f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    results = HERE / "RESULTS.md"
+    first = f"<!-- {name} -->\n"
+    last = f"<!-- /{name} -->"
     before, after = results.read_text(encoding="utf-8").split(first)
     text = before + first + table + last + after.split(last)[1]
     results.write_text(text, encoding="utf-8")
@@ -198,7 +202,8 @@ def write(name: str, card: dict, table: str, output: Path | None) -> None:
 def settle(seconds: int = 300) -> None:
     "Wait until nothing else runs; after that many seconds say so and go on."
     for waited in range(0, seconds + 1, 5):
-        load, cores = os.getloadavg()[0], machine()["cores"]
+        load = os.getloadavg()[0]
+        cores = machine()["cores"]
         if load < IDLE * cores: return print(f"load {load:.2f} on {cores} cores: idle")
         if not waited: print(f"load {load:.2f} on {cores} cores: waiting for less", flush=True)
         time.sleep(5)

@@ -52,7 +52,8 @@ def measure(args: argparse.Namespace) -> dict:
     card["settings"]["folder"] = Path(args.folder).name
     paths = photos(args.folder) * args.copies
     sizes = [Image.open(path).size for path in paths]
-    counts, context = sorted({1, args.processes}), get_context("fork")
+    counts = sorted({1, args.processes})
+    context = get_context("fork")
     pools = {n: context.Pool(n, torch.set_num_threads, (1,)) for n in counts}
 
     def speed(way: str, n: int) -> float:
@@ -72,7 +73,8 @@ def measure(args: argparse.Namespace) -> dict:
 
 def table(card: dict) -> str:
     "Markdown for people, from a card."
-    s, lines = card["settings"], []
+    s = card["settings"]
+    lines = []
     for n, ways in card["speeds"].items():
         lines += [f"| photos/s, processes: {n} | median | lowest | highest |",
                   "|---|---:|---:|---:|"]

@@ -32,7 +32,10 @@ from simclr_nb.loss.tiled import NTXent
 from simclr_nb.train.optim import create_optimizer
 from simclr_nb.core.processes import kept_memory
 
-ARCH, SIZE, LR, AHEAD = "resnet18", 32, 0.05, 2  # batches that each worker prepares ahead
+ARCH = "resnet18"
+SIZE = 32
+LR = 0.05
+AHEAD = 2  # batches that each worker prepares ahead
 LOOPS = dict(lightly="lightly's documented loop", bare="bare loop of our parts",
              pretrain="`learn.pretrain`", compiled="`learn.pretrain`, compiled",
              auto="`learn.pretrain`, precision by itself")
@@ -81,8 +84,11 @@ class Bare:
 
     def __init__(self, dls: SimCLRDataLoaders, stem: str, args: argparse.Namespace):
         model = create_model(stem)
-        self.model, self.args = model.to(memory_format=torch.channels_last), (dls.train.bs, args)
-        self.batches, self.views, self.loss = dls.train, TwoViews(dls.policy), NTXent()
+        self.model = model.to(memory_format=torch.channels_last)
+        self.args = (dls.train.bs, args)
+        self.batches = dls.train
+        self.views = TwoViews(dls.policy)
+        self.loss = NTXent()
         self.opt = create_optimizer("sgd", model.parameters(), LR)
 
     def __call__(self) -> float:
@@ -109,13 +115,15 @@ class Pretrain:
     "`learn.pretrain`; its steps, not its start, validation and table."
 
     def __init__(self, dls: SimCLRDataLoaders, stem: str, args, precision="fp32", compiled=False):
-        self.ends, self.args = Ends(), args
+        self.ends = Ends()
+        self.args = args
         self.learn = simclr_learner(dls, ARCH, stem=stem, optimizer="sgd", batch_norm=True,
                                     precision=precision, compiled=compiled, cbs=self.ends)
 
     def __call__(self) -> float:
         with redirect_stdout(io.StringIO()): self.learn.pretrain(1, LR, "none", warmup_epochs=0)
-        first, last = self.ends.times[self.args.skip - 1], self.ends.times[-1]
+        first = self.ends.times[self.args.skip - 1]
+        last = self.ends.times[-1]
         return round(self.args.steps * self.learn.dls.train.bs / (last - first), 2)
 
 
@@ -168,11 +176,13 @@ def ratios(loops: dict) -> dict:
 
 def convolution_seconds(stem: str, batch: int) -> float:
     "Seconds of the convolutions of a step alone, forward and backward, each the fastest of some."
-    model, seconds = create_model(stem), []
+    model = create_model(stem)
+    seconds = []
 
     def alone(conv: nn.Conv2d, inputs: tuple, out: torch.Tensor) -> None:
         x = inputs[0].detach().requires_grad_(inputs[0].requires_grad)  # images need no gradient
-        asked, grad = [v for v in (x, conv.weight) if v.requires_grad], torch.ones_like(out)
+        asked = [v for v in (x, conv.weight) if v.requires_grad]
+        grad = torch.ones_like(out)
         seconds.append(1 / rate(lambda: torch.autograd.grad(
             F.conv2d(x, conv.weight, None, conv.stride, conv.padding), asked, grad), 1, 5))
     for module in model.modules():
@@ -186,9 +196,11 @@ def convolution_seconds(stem: str, batch: int) -> float:
 def network(images: torch.Tensor, stem: str, args: argparse.Namespace) -> dict:
     "What is measured with one stem; and the roof of the convolutions alone, in fp32."
     batch = getattr(args, STEMS[stem])
-    before, loops = convolution_seconds(stem, batch), speeds(images, stem, batch, args)
+    before = convolution_seconds(stem, batch)
+    loops = speeds(images, stem, batch, args)
     seconds = min(before, convolution_seconds(stem, batch))
-    best, roof = max(loops[name]["median"] for name in LOOPS if name != "auto"), batch / seconds
+    best = max(loops[name]["median"] for name in LOOPS if name != "auto")
+    roof = batch / seconds
     limit = dict(seconds=round(seconds, 4), images_per_s=round(roof, 1))
     return dict(batch=batch, loops=loops, ratios=ratios(loops), overhead=overhead(loops, batch),
                 limit=limit, share_of_limit=round(best / roof, 3))
@@ -206,7 +218,8 @@ def measure(args: argparse.Namespace) -> dict:
 
 def rows(stem: str, found: dict, version: str) -> list[str]:
     "A table of one network, and what is to be said of it."
-    lost, roof = found["overhead"], found["limit"]
+    lost = found["overhead"]
+    roof = found["limit"]
     names = dict(LOOPS, lightly=f"{LOOPS['lightly']}, {version}")
     ratio = {k: r["median"] for k, r in found["ratios"].items()}
     return [
@@ -222,7 +235,8 @@ def rows(stem: str, found: dict, version: str) -> list[str]:
 
 def table(card: dict) -> str:
     "Markdown for people, from a card."
-    s, version = card["settings"], card["versions"]["lightly"]
+    s = card["settings"]
+    version = card["versions"]["lightly"]
     lines = [line for part in card["networks"].items() for line in rows(*part, version)]
     what = (f"CIFAR-10, {s['steps']} steps a round after {s['skip']} that do not count, "
             f"{s['repeats']} rounds. SGD. Threads: {s['threads']}, lightly's workers: "

@@ -13,7 +13,9 @@ from common import bounds, closing, finish, header, machine, parser_of, rounds, 
 from simclr_nb.measure.neighbours import knn_predict
 from simclr_nb.measure.geometry import tsne
 
-CLASSES, NEIGHBOURS, TEMPERATURE = 10, 20, 0.1
+CLASSES = 10
+NEIGHBOURS = 20
+TEMPERATURE = 0.1
 
 
 def data(n: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +41,8 @@ def measure(args: argparse.Namespace) -> dict:
 
 def table(card: dict) -> str:
     "Markdown for people, from a card."
-    s, lines = card["settings"], ["| | median s | lowest | highest |", "|---|---:|---:|---:|"]
+    s = card["settings"]
+    lines = ["| | median s | lowest | highest |", "|---|---:|---:|---:|"]
     lines += [f"| {name} | {bounds(found, ',.3f')} |" for name, found in card["works"].items()]
     what = f"D = {s['dim']}, {s['repeats']} runs of each. Threads: {s['threads']}."
     return "\n".join([*lines, "", *closing(card, what)]) + "\n"

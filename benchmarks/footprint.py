@@ -44,10 +44,12 @@ def measure_memory(args: argparse.Namespace) -> dict:
     def above(field: str) -> float:
         gc.collect()
         return round((resident(field) - before) / MIB, 1)
-    n_train, n_valid = args.images, args.valid
+    n_train = args.images
+    n_valid = args.valid
     dls = simclr_dls("cifar10", n_train=n_train, n_valid=n_valid, seed=0, device="cpu",
                      progress=False)
-    read, arrays = above("VmRSS"), [dl.dataset for dl in dls.loaders]
+    read = above("VmRSS")
+    arrays = [dl.dataset for dl in dls.loaders]
     for x, y in dls.train: pass
     images = sum(a.images.nbytes for a in arrays) / MIB
     return dict(images_mib=round(images, 1), read_mib=read, held_mib=above("VmRSS"),
@@ -69,7 +71,8 @@ def measure(args: argparse.Namespace) -> dict:
 
 def table(card: dict) -> str:
     "Markdown for people, from a card."
-    s, m = card["settings"], card["memory"]
+    s = card["settings"]
+    m = card["memory"]
     lines = ["| import | median s | lowest | highest |", "|---|---:|---:|---:|"]
     lines += [f"| {IMPORTS[name]} | {bounds(found, '.2f')} |"
               for name, found in card["imports"].items()]

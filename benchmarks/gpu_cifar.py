@@ -53,11 +53,17 @@ class SpeedCallback(Callback):
     order = 70  # before the checkpoint is written
 
     def __init__(self, piece: Piece, interval: int, steps: int | None, device: str):
-        self.piece, self.interval, self.most, self.on = piece, interval, steps, device
+        self.piece = piece
+        self.interval = interval
+        self.most = steps
+        self.on = device
 
     def before_fit(self):
-        self.began, self.own = time.monotonic(), 0
-        self.pieces, self.rates, self.first = [], [], []
+        self.began = time.monotonic()
+        self.own = 0
+        self.pieces = []
+        self.rates = []
+        self.first = []
         self.every = min(self.interval, len(self.dls.train))
 
     def state_dict(self) -> dict:
@@ -74,11 +80,13 @@ class SpeedCallback(Callback):
 
     def _restart(self):
         wait(self.on)
-        self.count, self.since = 0, time.perf_counter()
+        self.count = 0
+        self.since = time.perf_counter()
 
     def after_batch(self):
         if not self.training: return
-        self.count, self.own = self.count + 1, self.own + 1
+        self.count += 1
+        self.own += 1
         if self.count == self.every:
             wait(self.on)
             rate = self.count * self.dls.train.bs / (time.perf_counter() - self.since)
@@ -125,7 +133,8 @@ def create_learner(dls: SimCLRDataLoaders, args: argparse.Namespace) -> SimCLRLe
 
 def augmentation_seconds(learn: SimCLRLearner, args: argparse.Namespace) -> list[float]:
     "Seconds in which a batch becomes views, of ten batches, after two to warm up."
-    x, seconds = learn.dls.train.one_batch()[0], []
+    x = learn.dls.train.one_batch()[0]
+    seconds = []
     for _ in range(12):
         wait(args.device)
         start = time.perf_counter()
@@ -154,8 +163,10 @@ def train(dls: SimCLRDataLoaders, piece: Piece, args: argparse.Namespace) -> dic
 
 def accuracy(dls: SimCLRDataLoaders, args: argparse.Namespace, how: str) -> dict:
     "Of the encoder that was kept: by k-NN, or by linear evaluation."
-    start, encoder = time.monotonic(), load_encoder(args.out / "encoder.safetensors")
-    encoder, options = encoder.to(args.device), dict(seed=args.seed, progress=False)
+    start = time.monotonic()
+    encoder = load_encoder(args.out / "encoder.safetensors")
+    encoder = encoder.to(args.device)
+    options = dict(seed=args.seed, progress=False)
     if how == "knn": result = knn_accuracy(encoder_features(encoder, dls), k=args.k)
     else: result = linear_evaluation(encoder, dls, args.linear_epochs, **options)
     return dict(value=result.value, low=result.low, high=result.high,
@@ -176,8 +187,10 @@ def measure(args: argparse.Namespace, piece: Piece) -> dict:
     found = {how: kept(args.out / f"{how}.json", lambda: accuracy(dls, args, how), piece)
              for how in ("knn", "linear")}
     peak = kept(args.out / "peak.json", lambda: dict(bf16=bf16_rate(args.device)), piece)["bf16"]
-    rate, views = spread(run["rates"] or run["first"]), spread(run["views"])
-    steps, seconds = run["pieces"][-1][1], sum(s for *_, s in run["pieces"])
+    rate = spread(run["rates"] or run["first"])
+    views = spread(run["views"])
+    steps = run["pieces"][-1][1]
+    seconds = sum(s for *_, s in run["pieces"])
     flop = flop_per_image(args, run["size"])
     card = dict(first, data=dls.info, images_per_s=rate, first_images_per_s=run["first"],
                 flop_per_image=flop, bf16_product_flop_per_s=peak,
@@ -202,7 +215,9 @@ def row(name: str, run: dict) -> str:
 
 def closing(name: str, run: dict) -> str:
     "Where and when a run was, and whether something disturbed it."
-    h, n, pieces = run["hardware"], len(run["images_per_s"]["runs"]), len(run["pieces"])
+    h = run["hardware"]
+    n = len(run["images_per_s"]["runs"])
+    pieces = len(run["pieces"])
     text = (f"{name}: {n} intervals of {run['settings']['interval']} steps, pieces: {pieces}. "
             f"{h['gpu'] or h['cpu']}. torch {run['versions']['torch']}, {run['date'][:10]}.")
     return text if run["steady"] else text + " **Disturbed: intervals differ too much. Repeat it.**"

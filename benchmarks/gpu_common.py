@@ -18,7 +18,9 @@ class Piece:
     "A part of a run, with an end; each piece gets something done, however short it is."
 
     def __init__(self, minutes: float):
-        self.start, self.limit, self.is_idle = time.monotonic(), 60 * minutes, True
+        self.start = time.monotonic()
+        self.limit = 60 * minutes
+        self.is_idle = True
 
     def seconds(self) -> float: return time.monotonic() - self.start
 

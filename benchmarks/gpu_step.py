@@ -44,8 +44,10 @@ def create_step(args: argparse.Namespace) -> Callable[[Tensor], None]:
     model = SimCLR(encoder, projection_head(encoder.out_dim))
     model = model.to(args.device, memory_format=torch.channels_last)
     if args.compiled: model.encoder.compile()
-    loss, opt = NTXent(), LARS(model.parameters(), lr=0.1)
-    views, kind = TwoViews(create_policy("paper", args.size)), torch.device(args.device).type
+    loss = NTXent()
+    opt = LARS(model.parameters(), lr=0.1)
+    views = TwoViews(create_policy("paper", args.size))
+    kind = torch.device(args.device).type
     half = PRECISIONS[args.precision] if args.precision != "fp32" else None
 
     def step(x: Tensor):
@@ -82,7 +84,8 @@ def seconds(step: Callable, source: Iterator[Tensor], args: argparse.Namespace) 
 
 def case(source: str, batch: int, args: argparse.Namespace) -> dict:
     "Seconds of the steps of a case, and the most memory; or why there are none."
-    found, cuda = [], torch.device(args.device).type == "cuda"
+    found = []
+    cuda = torch.device(args.device).type == "cuda"
     gc.collect()  # what the case before has left
     if cuda: torch.cuda.empty_cache()
 
@@ -105,7 +108,8 @@ def flop(args: argparse.Namespace, batch: int) -> float:
 def judged(found: dict, batch: int, rate: float, args: argparse.Namespace) -> dict:
     "A case with its images per second and its share of the matrix peak."
     if "failed" in found: return found
-    s, work = found["seconds"]["median"], flop(args, batch)
+    s = found["seconds"]["median"]
+    work = flop(args, batch)
     return dict(found, images_per_s=round(batch / s, 1), flop=work,
                 share_of_peak=round(work / s / rate, 4))
 
@@ -128,7 +132,8 @@ def measure(args: argparse.Namespace, piece: Piece) -> dict:
 
 def table(card: dict) -> str:
     "Markdown for people, from a card."
-    s, h = card["settings"], card["hardware"]
+    s = card["settings"]
+    h = card["hardware"]
     lines = [f"| {s['arch']} x {s['width']:g}, {s['size']} px, two views of each | images/s | "
              "lowest | highest | peak MiB | of bf16 peak |", "|---|" + "---:|" * 5]
     for c in card["cases"].values():

@@ -15,7 +15,8 @@ from common import (bounds, closing, finish, header, machine, own_process, parse
                     product_rate, rounds, timed, write)
 from simclr_nb.measure.neighbours import knn_predict
 
-CLASSES, TEMPERATURE = 10, 0.1
+CLASSES = 10
+TEMPERATURE = 0.1
 
 
 def data(bank: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +35,8 @@ def lightly(bank: Tensor, y: Tensor, h: Tensor, k: int) -> Tensor:
     try: from lightly.utils.benchmarking import knn_predict as peer
     except ImportError as e:
         raise SystemExit(f"{e}: pip install -r benchmarks/requirements.txt") from None
-    h, bank = F.normalize(h, dim=1), F.normalize(bank, dim=1)  # as its documentation recommends
+    h = F.normalize(h, dim=1)
+    bank = F.normalize(bank, dim=1)  # as its documentation recommends
     return peer(h, bank.T, y, CLASSES, k, TEMPERATURE)[:, 0]
 
 
@@ -56,7 +58,8 @@ def peak_of_process(name: str, bank: int, args: argparse.Namespace) -> dict:
 
 def measure(args: argparse.Namespace) -> dict:
     "The result card: what was measured, and all that is needed to judge and repeat it."
-    card, x = header("exact k-NN vote, seconds and MiB", args, "lightly"), data(args.bank, args)
+    card = header("exact k-NN vote, seconds and MiB", args, "lightly")
+    x = data(args.bank, args)
     card["settings"] |= dict(temperature=TEMPERATURE, classes=CLASSES, device="cpu")
     predicted = {name: vote(*x, args.k) for name, vote in VOTES.items()}
     agree = (predicted["ours"] == predicted["lightly"]).float().mean().item()
@@ -64,7 +67,8 @@ def measure(args: argparse.Namespace) -> dict:
     works = {name: partial(timed, partial(vote, *x, args.k)) for name, vote in VOTES.items()}
     found = rounds(works, args.repeats)
     for name in VOTES: found[name]["peak_mib"] = peak_of_process(name, args.bank, args)["peak_mib"]
-    flop, product = 2 * args.bank * args.queries * args.dim, product_rate()
+    flop = 2 * args.bank * args.queries * args.dim
+    product = product_rate()
     return finish(dict(
         card, agreement=agree, **found,
         ratio=round(found["lightly"]["median"] / found["ours"]["median"], 2),

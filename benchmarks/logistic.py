@@ -40,7 +40,8 @@ def features(n: int) -> tuple[Tensor, Tensor]:
 
 def gradient(h: Tensor, y: Tensor, weight: Tensor, bias: Tensor, l2: float) -> float:
     "Largest entry of the gradient of the mean loss, in float64: what both solvers bring below tol."
-    h, weight = h.double(), weight.double()
+    h = h.double()
+    weight = weight.double()
     p = (h @ weight + bias.double()).softmax(1)
     p[torch.arange(len(y)), y] -= 1
     return max((h.T @ p + l2 * weight).abs().max().item(), p.sum(0).abs().max().item()) / len(y)
@@ -61,7 +62,8 @@ def worker(folder: Path, share: int, of: int, peer: str, tol: float):
 
     dtype, warm = PEERS[peer]
     with np.load(folder / "features.npz") as data: h, y = data["h"].astype(dtype), data["y"]
-    strengths, fits = L2_STRENGTHS[::-1], {}
+    strengths = L2_STRENGTHS[::-1]
+    fits = {}
     mine = np.array_split(strengths, of)[share] if warm else strengths[share::of]
     model = LogisticRegression(tol=tol, max_iter=10_000, warm_start=warm)  # L-BFGS, as by default
     warnings.simplefilter("ignore")  # what is left of the gradient is measured
@@ -116,7 +118,8 @@ def limit(h: Tensor, steps: Tensor, n_classes: int) -> dict:
 
 def runs_of_all(h: Tensor, y: Tensor, args: argparse.Namespace) -> tuple[dict, dict]:
     "Seconds of each solver, one after the other in turns, and its last fits."
-    seconds, fits = {name: [] for name in ("ours", *PEERS)}, {}
+    seconds = {name: [] for name in ("ours", *PEERS)}
+    fits = {}
     fit_logistic(h[:500], y[:500], L2_STRENGTHS[::9])  # a first call takes longer
     with tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder) / "features.npz", h=h.numpy(), y=y.numpy())
@@ -148,7 +151,8 @@ def measure(args: argparse.Namespace) -> dict:
     fastest = min(PEERS, key=lambda name: solvers[name]["median"])
     best = min(matched or PEERS, key=lambda name: solvers[name]["median"])
     roof = limit(h, fit_logistic(h, y, tol=args.tol).steps, int(y.max()) + 1)
-    own, other = solvers["ours"], solvers[best]
+    own = solvers["ours"]
+    other = solvers[best]
     settings = dict(data="cifar10", encoder="resnet18, untrained", images=args.images,
                     columns=h.shape[1], classes=int(y.max()) + 1, strengths=len(L2_STRENGTHS),
                     tol=args.tol, repeats=args.repeats, threads=args.threads,
@@ -163,7 +167,9 @@ def measure(args: argparse.Namespace) -> dict:
 
 def table(card: dict) -> str:
     "Markdown for people, from a card."
-    s, roof, version = card["settings"], card["limit"], card["versions"]["scikit-learn"]
+    s = card["settings"]
+    roof = card["limit"]
+    version = card["versions"]["scikit-learn"]
     names = {"ours": "ours, float32"} | {
         name: f"scikit-learn {version}, {dtype}{', warm starts' if warm else ''}"
         for name, (dtype, warm) in PEERS.items()}

@@ -72,7 +72,8 @@ def step(loss: Callable, z: Tensor) -> tuple[float, Tensor, Tensor]:
 
 def compare(names: list[str], n: int, temperature: float, args, dtype=torch.float64) -> str | None:
     "The first of these losses that differs from the dense one, and by how much; None if none does."
-    z, limit = projections(n, args, dtype), TOLERANCE[str(dtype).removeprefix("torch.")]
+    z = projections(n, args, dtype)
+    limit = TOLERANCE[str(dtype).removeprefix("torch.")]
     _, *reference = step(create("dense", temperature), z)
     for name in names:
         _, *found = step(create(name, temperature), z)
@@ -92,7 +93,8 @@ def check(args: argparse.Namespace) -> list[str]:
 
 def measure_peak(name: str, n: int, args: argparse.Namespace) -> dict:
     "Seconds and peak memory of a step; for a fresh process."
-    loss, z = create(name, args.temperature), projections(n, args)
+    loss = create(name, args.temperature)
+    z = projections(n, args)
     step(loss, projections(32, args))  # libraries allocate something at their first call
     return peak(lambda: step(loss, z), z.is_cuda)
 
@@ -146,10 +148,12 @@ def measure(args: argparse.Namespace) -> dict:
     "The result card: what was measured, and all that is needed to judge and repeat it."
     card = header("NT-Xent with its gradient, seconds and MiB", args, "lightly",
                   "pytorch-metric-learning")
-    if faults := check(args): raise SystemExit("\n".join(faults))
+    faults = check(args)
+    if faults: raise SystemExit("\n".join(faults))
     large = dict(images=args.large, **peak_of_process("ours", args.large, args))
     few = [name for name in LOSSES if name != "pytorch_metric_learning"]
-    losses, small = losses_at(args.images, few, args), losses_at(args.small, LOSSES, args)
+    losses = losses_at(args.images, few, args)
+    small = losses_at(args.small, LOSSES, args)
     roof = limit(args.images, args)
     return finish(dict(
         card, agreement=dict(CHECKED, tolerance=TOLERANCE), losses=losses, ratios=ratios(losses),

@@ -21,10 +21,13 @@ def torchvision_encoder(arch: str, width: float, stem: str = "cifar") -> tuple[n
     "torchvision's ResNet with the stem for 32 px, or its own, and no classifier; width of h."
     (block, blocks), channels = BLOCKS[arch], round(64 * width)
     net = ResNet(block, blocks)
-    net.inplanes, dim = channels, 8 * channels * block.expansion
-    net.bn1, net.fc = nn.BatchNorm2d(channels), nn.Identity()
+    net.inplanes = channels
+    dim = 8 * channels * block.expansion
+    net.bn1 = nn.BatchNorm2d(channels)
+    net.fc = nn.Identity()
     if stem == "cifar":
-        net.conv1, net.maxpool = nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.Identity()
+        net.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        net.maxpool = nn.Identity()
     else: net.conv1 = nn.Conv2d(3, channels, 7, 2, 3, bias=False)
     for i, n in enumerate(blocks):
         stride = 2 if i else 1
@@ -50,7 +53,8 @@ class Transformed(Dataset):
     "Two views of each image by a transform that makes one, or a list of both."
 
     def __init__(self, images: Sequence, transform: Callable):
-        self.images, self.transform = images, transform
+        self.images = images
+        self.transform = transform
 
     def __len__(self): return len(self.images)
 
@@ -72,7 +76,8 @@ class Twice:
     takes_pillow = True
 
     def __init__(self, *steps: Callable, takes_pillow: bool = True):
-        self.steps, self.takes_pillow = v2.Compose(steps), takes_pillow
+        self.steps = v2.Compose(steps)
+        self.takes_pillow = takes_pillow
 
     def __call__(self, image) -> list[Tensor]: return [self.steps(image) for _ in range(2)]
 
@@ -97,7 +102,7 @@ def solo_views(size: int) -> Twice:
     "The operators of solo-learn's recipe, in its order, by torchvision on Pillow images."
     s = settings(size)
     c = 0.8 * s["strength"]
-    blur = [RandomGaussian(s["blur"])] * (s["blur"] > 0)
+    blur = [RandomGaussian(s["blur"])] if s["blur"] > 0 else []
     return Twice(T.RandomResizedCrop(size, (0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC),
                  T.RandomApply([T.ColorJitter(c, c, c, 0.2 * s["strength"])], 0.8),
                  T.RandomGrayscale(0.2), *blur, T.RandomHorizontalFlip(), T.ToTensor())
@@ -116,8 +121,10 @@ class RandomGaussian:
 def torchvision_views(size: int) -> Twice:
     "torchvision's v2 on 8-bit tensors, image by image: it draws once for all images of a batch."
     s = settings(size)
-    c, kernel = 0.8 * s["strength"], int(0.1 * size) | 1
-    blur = [v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], s["blur"])] * (s["blur"] > 0)
+    c = 0.8 * s["strength"]
+    kernel = int(0.1 * size) | 1
+    soften = v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], s["blur"])
+    blur = [soften] if s["blur"] > 0 else []
     return Twice(v2.ToImage(), v2.RandomResizedCrop(size, (0.08, 1.0), antialias=True),
                  v2.RandomHorizontalFlip(), v2.RandomApply(
                      [v2.ColorJitter(c, c, c, 0.2 * s["strength"])], 0.8),
@@ -127,7 +134,8 @@ def torchvision_views(size: int) -> Twice:
 
 def kornia_views(size: int) -> Callable[[Tensor], list[Tensor]]:
     "kornia's operators on batches of floats."
-    K, s = peer("kornia.augmentation"), settings(size)
+    K = peer("kornia.augmentation")
+    s = settings(size)
     c = 0.8 * s["strength"]
     steps = nn.Sequential(
         K.RandomResizedCrop((size, size), (0.08, 1.0)), K.RandomHorizontalFlip(),

@@ -37,7 +37,8 @@ def passes(args: argparse.Namespace) -> dict[str, Callable[[], Iterable]]:
     labels = torch.zeros(len(paths), dtype=torch.long)
     files = ImageFiles(list(map(Path, paths)), labels, policy.crop)
     ours = EpochLoader(files, args.batch, num_workers=args.workers)
-    plain, others = TwoViews(policy), dict(
+    plain = TwoViews(policy)
+    others = dict(
         lightly=lightly_views(args.size), solo=solo_views(args.size),
         torchvision=torchvision_views(args.size))
     views = dict(ours=compiled_views(plain), eager=plain, crops=lambda pairs: pairs)
@@ -67,12 +68,15 @@ def measure(args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.threads)
     card = header("JPEG files to two views, images/s", args, "torchvision", "lightly", "pillow")
     card["settings"]["folder"] = Path(args.folder).name
-    ways, n = passes(args), len(photos(args.folder)) * args.copies
+    ways = passes(args)
+    n = len(photos(args.folder)) * args.copies
     n = n // args.batch * args.batch
     with kept_memory():  # as in training
         works = {name: partial(one_pass, way, n) for name, way in ways.items()}
-        speeds, alone = rounds(works, args.repeats), views_alone(args)
-    theirs, crops = speeds["lightly"]["median"], speeds["crops"]["median"]
+        speeds = rounds(works, args.repeats)
+        alone = views_alone(args)
+    theirs = speeds["lightly"]["median"]
+    crops = speeds["crops"]["median"]
     limit = machine()["cores"] / (args.threads / alone + args.workers / crops)
     return finish(dict(
         card, images_timed=n, differences=DIFFERENCES, speeds=speeds,
@@ -83,7 +87,8 @@ def measure(args: argparse.Namespace) -> dict:
 
 def table(card: dict) -> str:
     "Markdown for people, from a card."
-    s, ratios = card["settings"], card["ratios"]
+    s = card["settings"]
+    ratios = card["ratios"]
     lines = ["| images/s, from file to two views | median | lowest | highest | to lightly |",
              "|---|---:|---:|---:|---:|"]
     lines += [f"| {WAYS[name]} | {bounds(speed, ',.0f')} | {ratios[name]} |"

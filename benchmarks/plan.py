@@ -45,7 +45,9 @@ def create_step(config: PlanConfig, batch: int) -> Callable[[], None]:
     model = model.to(memory_format=torch.channels_last)
     views = TwoViews(create_policy("cifar" if size <= 64 else "paper", size))
     x = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
-    loss, opt, half = NTXent(), LARS(model.parameters(), lr=0.1), config.precision != "fp32"
+    loss = NTXent()
+    opt = LARS(model.parameters(), lr=0.1)
+    half = config.precision != "fp32"
 
     def step():
         v = views(x).contiguous(memory_format=torch.channels_last)

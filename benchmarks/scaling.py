@@ -20,7 +20,10 @@ from simclr_nb.loss.tiled import NTXent
 from simclr_nb.core.processes import launch, world_size
 from step import create_model, create_step, flop
 
-ARCH, VARIANT, SIZES, GIB = "resnet18", "fp32 channels_last eager", (32, 64, 96, 128), 2**30
+ARCH = "resnet18"
+VARIANT = "fp32 channels_last eager"
+SIZES = (32, 64, 96, 128)
+GIB = 2**30
 MATRICES = 4.3  # of similarities that lightly's loss holds at a time, as measured by loss.py
 SHORT = 0.05  # seconds below which runs say nothing on whether the machine was idle
 
@@ -55,7 +58,8 @@ def sizes(args: argparse.Namespace) -> dict:
     def work(size: int):
         x = torch.rand(2 * args.batch, 3, size, size)
         return partial(timed, create_step(create_model(ARCH, args.width, size), x, VARIANT))
-    found, peak = rounds({str(s): work(s) for s in SIZES}, args.repeats), network_rate()
+    found = rounds({str(s): work(s) for s in SIZES}, args.repeats)
+    peak = network_rate()
     for size, s in found.items():
         share = flop(ARCH, args.batch, args.width, int(size)) / s["median"] / peak
         s.update(images_per_s=round(args.batch / s["median"], 1), share_of_peak=round(share, 3))
@@ -65,11 +69,13 @@ def sizes(args: argparse.Namespace) -> dict:
 def own_steps(batch: int, width: float, repeats: int) -> list[float]:
     "Seconds of some steps in one of the processes that share a batch, after two to warm up."
     torch.manual_seed(0)
-    model, n = create_model(ARCH, width, SIZES[0]), batch // world_size()
+    model = create_model(ARCH, width, SIZES[0])
+    n = batch // world_size()
     model = model.to(memory_format=torch.channels_last)
     if world_size() > 1:
         model = DistributedDataParallel(to_global_batch_norm(model), broadcast_buffers=False)
-    x, criterion = torch.rand(2 * n, 3, SIZES[0], SIZES[0]), global_loss(NTXent())
+    x = torch.rand(2 * n, 3, SIZES[0], SIZES[0])
+    criterion = global_loss(NTXent())
     step = create_step(model, x, VARIANT, criterion)
     return [timed(step) for _ in range(2 + repeats)][2:]
 
@@ -90,7 +96,8 @@ def measure(args: argparse.Namespace) -> dict:
     "The result card: what was measured, and all that is needed to judge and repeat it."
     card = header("seconds and MiB as sizes grow", args, "lightly")
     losses = {str(n): loss_at(n, args) for n in batches(args)}
-    steps, shared = sizes(args), processes(args)
+    steps = sizes(args)
+    shared = processes(args)
     spreads = [s for at in losses.values() for s in at["losses"].values() if s["median"] > SHORT]
     return finish(dict(card, losses=losses, sizes=steps, processes=shared),
                   *spreads, *steps.values(), *shared.values())

@@ -26,11 +26,13 @@ from simclr_nb.loss.tiled import NTXent
 from simclr_nb.train.optim import LARS
 from simclr_nb.core.processes import kept_memory
 
-ARCHS, SIZE = ("resnet18", "resnet50"), 32
+ARCHS = ("resnet18", "resnet50")
+SIZE = 32
 LAYOUTS = dict(contiguous=torch.contiguous_format, channels_last=torch.channels_last)
 PEAKS = "fp32", "bf16"
 VARIANTS = [" ".join(v) for v in product(PEAKS, LAYOUTS, ("eager", "compiled"))]
-EAGER, PEER = VARIANTS[0], "torchvision"
+EAGER = VARIANTS[0]
+PEER = "torchvision"
 
 
 def create_model(arch: str, width: float, size: int) -> SimCLR:
@@ -44,7 +46,8 @@ def create_step(model: nn.Module, x: Tensor, variant: str, loss=NTXent()) -> Cal
     precision, layout, mode = variant.split()
     model, x = (v.to(memory_format=LAYOUTS[layout]) for v in (model, x))
     if mode == "compiled": model.encoder.compile()
-    opt, half = LARS(model.parameters(), lr=0.1), precision != "fp32"
+    opt = LARS(model.parameters(), lr=0.1)
+    half = precision != "fp32"
 
     def step():
         with torch.autocast("cpu", PRECISIONS[precision]) if half else nullcontext():
@@ -100,7 +103,8 @@ def compared(network: dict, rates: dict) -> dict:
     steps = network["steps"]
 
     def of(v: str) -> dict:
-        s, rate = steps[v], rates[v.split()[0]] if v != PEER else rates["fp32"]
+        s = steps[v]
+        rate = rates[v.split()[0]] if v != PEER else rates["fp32"]
         return dict(images_per_s=round(network["images"] / s["median"], 1),
                     to_eager=round(steps[EAGER]["median"] / s["median"], 2),
                     to_eager_worst=round(steps[EAGER]["min"] / s["max"], 2),
@@ -117,7 +121,8 @@ def peaks() -> dict:
 def measure(args: argparse.Namespace) -> dict:
     "The result card: what was measured, and all that is needed to judge and repeat it."
     card = header("training step, seconds", args, "torchvision")
-    seen, networks = [peaks()], {}
+    seen = [peaks()]
+    networks = {}
     for arch in ARCHS:
         networks[arch] = steps_of(arch, args)
         seen.append(peaks())
@@ -130,7 +135,9 @@ def measure(args: argparse.Namespace) -> dict:
 
 def table(card: dict) -> str:
     "Markdown for people, from a card."
-    s, peak, lines = card["settings"], card["peak_gflop_per_s"], []
+    s = card["settings"]
+    peak = card["peak_gflop_per_s"]
+    lines = []
     for arch, network in card["networks"].items():
         lines += [f"| {arch}, {network['images']} images | median s | lowest | highest | "
                   "images/s | to eager | to torchvision | of peak |", "|---|" + "---:|" * 7]

@@ -13,15 +13,24 @@ from dataclasses import MISSING, fields
 
 from . import __version__
 from .plan.plan import PlanConfig, run_plan
+from .core.choices import check_choice
 from .core.processes import is_main, rank
 from .run.evaluate import EvaluationConfig, run_evaluation
-from .run.pretrain import RunConfig, run_pretraining
+from .run.pretrain import run_pretraining
+from .run.config import RunConfig
 from .core.work import plain_progress
 from fastcore.docments import docments
 
 # %% ../nbs/run/04_cli.ipynb #63347b6d
 class _Parser(ArgumentParser):
-    "Parser whose errors are one line."
+    "Parser whose errors are one line; of an unknown option it says which was probably meant."
+
+    def parse_args(self, args=None, namespace=None):
+        settings, unknown = self.parse_known_args(args, namespace)
+        try:
+            for text in unknown: check_choice("argument", text, self._option_string_actions)
+        except ValueError as error: self.error(str(error))
+        return settings
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
@@ -35,10 +44,10 @@ def config_parser(
     "Parser with one option for each field of a configuration, explained by its comment."
     parser = _Parser(prog, description=purpose)
     parser.add_argument("--version", action="version", version=__version__)
-    about = docments(config)
+    comments = docments(config)
     for i, f in enumerate(fields(config)):
         default = "" if f.default in (None, False, MISSING) else f" (default: {f.default})"
-        text = about[f.name].replace("%", "%%") + default
+        text = comments[f.name].replace("%", "%%") + default
         option = "--" + f.name.replace("_", "-")
         kind = f.type if isinstance(f.type, type) else f.type.__args__[0]
         if f.default is MISSING: parser.add_argument(f.name, help=text)
@@ -58,8 +67,8 @@ def _run(parser: ArgumentParser, config: type, work: Callable, argv: Sequence[st
         done = work(settings)
         if is_main(): print(done)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        own = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-        if not (own or is_main()): return 2  # rank 0 has the same error, and says it
+        of_one_rank = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        if not (of_one_rank or is_main()): return 2  # rank 0 has the same error, and says it
         message = str(error).strip().splitlines()[-1]  # below fastai's or a worker's preface
         parser.error(message if is_main() else f"rank {rank()}: {message}")
     except KeyboardInterrupt:

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
 
+from .core.choices import check_choice
 from simclr_nb.core.processes import (
     from_main,
     is_main,
@@ -26,85 +26,26 @@ from simclr_nb.core.processes import (
     shard_rows,
     world_size,
 )
-from simclr_nb.images.arrays import (
-    ArrayEpochLoader,
-    ArrayLoader,
-    ImageArrays,
-    is_resident,
-    load_arrays,
-)
+from .images.arrays import ArrayEpochLoader, ArrayLoader, is_resident
 from .images.epochs import EpochLoader
 from .images.files import ImageFiles, JpegFiles, JpegLoader
-from .images.shards import ShardIndex
-from .images.source import Source, _probe_all, _refuse, find_source
+from .images.source import Source, find_source
 from .views.policy import Policy, create_policy
 
-# %% ../nbs/images/09_data.ipynb #b76841d2
-class SimCLRDataLoaders(DataLoaders):
-    "fastai `DataLoaders` that know their policy, classes and origin."
-
-    def __init__(
-        self,
-        *loaders,  # Training and validation loader
-        policy: Policy,  # Draws the views
-        classes: Sequence[str] = (),  # Names in label order; empty without labels
-        info: dict | None = None,  # What is known of the data, for result cards
-        **kwargs,  # For fastai's `DataLoaders`
-    ):
-        super().__init__(*loaders, **kwargs)
-        self.policy, self.classes, self.info = policy, list(classes), info or {}
-
-    def new_empty(self):
-        loaders = [dl.new(dl.dataset.new_empty()) for dl in self.loaders]
-        kwargs = dict(policy=self.policy, classes=self.classes, info=self.info)
-        return type(self)(*loaders, path=self.path, device=self.device, **kwargs)
-
-# %% ../nbs/images/09_data.ipynb #915a27f9
-def _settings(source: Source, arrays: bool, size: int | None, policy: str | Policy,
-              strength: float | None) -> Policy:
+# %% ../nbs/images/09_data.ipynb #52678d0c
+def _choose_policy(source: Source, size: int | None, policy: str | Policy,
+                   strength: float | None) -> Policy:
     "Policy for the images, with what the caller left open decided."
     if size is not None and not 8 <= size <= 1024:
         raise ValueError(f"size must be 8 to 1024 pixels, got {size}")
     if policy == "auto" and source.name == "digits": policy = "digits"
-    size = size or (max(16, source.train.images.shape[3]) if arrays else 96)
+    size = size or (max(16, source.train.images.shape[3]) if source.in_memory else 96)
     if policy == "auto": policy = "cifar" if size <= 64 else "paper"
     if not isinstance(policy, Policy): policy = create_policy(policy, size, strength)
-    if arrays or policy.crop: return policy
+    if source.in_memory or policy.crop: return policy
     raise ValueError(f"the {policy.name} policy has no crop, which files need: size above 32")
 
-# %% ../nbs/images/09_data.ipynb #d5d8549c
-_CHECK_UP_TO = 200_000  # Files that are decoded once before a run; more are looked at when read
-
-# %% ../nbs/images/09_data.ipynb #5dac452b
-def _decode(source: Source, n_train: int | None, n_valid: int | None, skip_bad: bool,
-            progress: bool) -> tuple[Source, list[str]]:
-    "Source with its files checked, in memory if all are of one small size; and files skipped."
-    parts = [(source.train, n_train), (source.valid, n_valid)]
-    if isinstance(source.train, ImageArrays):
-        cut = [ImageArrays(arrays.images[:n], arrays.labels[:n]) for arrays, n in parts]
-        return Source(source.name, *cut, source.classes, source.split), []
-    sets = [paths[:n] for paths, n in parts]
-    if (n := sum(map(len, sets))) < 4: raise ValueError(f"expected at least 4 images, got {n}")
-    if n > _CHECK_UP_TO or isinstance(source.train, ShardIndex):
-        return Source(source.name, *sets, source.classes, source.split), []
-    probed = [_probe_all(paths, progress) for paths in sets]
-    skipped = [line for _, bad in probed for line in bad.values()]
-    _refuse(skipped, n, skip_bad)
-    if skipped: sets = _without(sets, [bad for _, bad in probed])
-    sizes = np.concatenate([np.delete(sizes, [*bad], 0) for sizes, bad in probed])
-    if (sizes == sizes[0]).all() and sizes.max() <= 128:
-        sets = [load_arrays(paths, source.labels(paths), progress) for paths in sets]
-    return Source(source.name, *sets, source.classes, source.split), skipped
-
-# %% ../nbs/images/09_data.ipynb #a6515957
-def _without(sets: list[Sequence[Path]], bad: list[dict[int, str]]) -> list[list[Path]]:
-    "Training and validation files that are sound, at least two of these, if need be of those."
-    sets = [[path for row, path in enumerate(paths) if row not in damaged]
-            for paths, damaged in zip(sets, bad, strict=True)]
-    while len(sets[1]) < 2 < len(sets[0]): sets[1].append(sets[0].pop())
-    return sets
-
-# %% ../nbs/images/09_data.ipynb #368eeca2
+# %% ../nbs/images/09_data.ipynb #c505931b
 def _own_batch(bs: int | None, n_train: int, n_valid: int) -> int:
     "This process's part of a batch; refuses one that cannot be filled or that has no negatives."
     world = world_size()
@@ -124,15 +65,7 @@ def _own_batch(bs: int | None, n_train: int, n_valid: int) -> int:
         raise ValueError(f"batch size {bs} is larger than the {limit}")
     return bs // world
 
-# %% ../nbs/images/09_data.ipynb #78ba0912
-def _check_decode(decode: str, skip_bad: bool) -> None:
-    if decode not in ("workers", "device"):
-        raise ValueError(f"decode must be 'workers' or 'device', got {decode!r}")
-    if decode == "device" and skip_bad:
-        raise ValueError("the device cannot skip damaged files: leave out skip_bad, "
-                         "or use decode='workers'")
-
-# %% ../nbs/images/09_data.ipynb #89ccedf9
+# %% ../nbs/images/09_data.ipynb #1c619be7
 def _array_loaders(source: Source, bs: int, seed: int, device: torch.device) -> tuple:
     "Training and validation loader of images in memory, and a copy on the device if it has room."
     sets = source.train, source.valid
@@ -142,17 +75,44 @@ def _array_loaders(source: Source, bs: int, seed: int, device: torch.device) -> 
     return (ArrayEpochLoader(source.train, bs, seed, device=device),
             ArrayLoader(source.valid, bs=n_valid, drop_last=True, device=device))
 
-
+# %% ../nbs/images/09_data.ipynb #0ca31871
 def _file_loaders(source: Source, policy: Policy, bs: int, seed: int, decode: str, skip_bad: bool,
                   **kwargs) -> tuple:
     "Training and validation loader of image files."
-    train, valid = ((s, torch.tensor(source.labels(s)), policy.crop)
-                    for s in (source.train, source.valid))
+    train, valid = ((paths, torch.tensor(source.labels(paths)), policy.crop)
+                    for paths in (source.train, source.valid))
     n_valid = min(bs, len(source.valid) // world_size())
     kwargs["pin_memory"] = kwargs["device"].type == "cuda"
     loader = DataLoader(ImageFiles(*valid), bs=n_valid, drop_last=True, **kwargs)
     if decode == "device": return JpegLoader(JpegFiles(*train), bs, seed, **kwargs), loader
     return EpochLoader(ImageFiles(*train), bs, seed, skip_bad=skip_bad, **kwargs), loader
+
+# %% ../nbs/images/09_data.ipynb #8f97bfd2
+class SimCLRDataLoaders(DataLoaders):
+    "fastai `DataLoaders` that know their policy, classes and origin."
+
+    def __init__(
+        self,
+        *loaders,  # Training and validation loader
+        policy: Policy,  # Draws the views
+        classes: Sequence[str] = (),  # Names in label order; empty without labels
+        info: dict | None = None,  # What is known of the data, for result cards
+        **kwargs,  # For fastai's `DataLoaders`
+    ):
+        super().__init__(*loaders, **kwargs)
+        self.policy, self.classes, self.info = policy, list(classes), info or {}
+
+    def new_empty(self):
+        loaders = [dl.new(dl.dataset.new_empty()) for dl in self.loaders]
+        kwargs = dict(policy=self.policy, classes=self.classes, info=self.info)
+        return type(self)(*loaders, path=self.path, device=self.device, **kwargs)
+
+# %% ../nbs/images/09_data.ipynb #27a71aac
+def _check_decode(decode: str, skip_bad: bool) -> None:
+    check_choice("decode", decode, ("workers", "device"))
+    if decode == "device" and skip_bad:
+        raise ValueError("the device cannot skip damaged files: leave out skip_bad, "
+                         "or use decode='workers'")
 
 # %% ../nbs/images/09_data.ipynb #05600cfd
 def simclr_dls(
@@ -173,21 +133,22 @@ def simclr_dls(
     "DataLoaders for pretraining; raises `ValueError` or `FileNotFoundError` for unusable input."
     join_processes()
     _check_decode(decode, skip_bad)
-    source, skipped = _decode(find_source(data), n_train, n_valid, skip_bad, progress and is_main())
-    arrays = isinstance(source.train, ImageArrays)
-    policy = _settings(source, arrays, size, policy, strength)
+    progress = progress and is_main()
+    source = find_source(data).take(n_train, n_valid).check(skip_bad, progress).load(progress)
+    policy = _choose_policy(source, size, policy, strength)
     bs = _own_batch(bs, len(source.train), len(source.valid))
     seed = from_main(random.randrange(2**32)) if seed is None else seed
     device = default_device() if device is None else torch.device(device)
-    if arrays: train, valid = _array_loaders(source, bs, seed, device)
+    if source.in_memory: loaders = _array_loaders(source, bs, seed, device)
     else:
         workers = os.cpu_count() if num_workers is None else num_workers
-        options = dict(num_workers=workers, device=device)
-        train, valid = _file_loaders(source, policy, bs, seed, decode, skip_bad, **options)
+        loaders = _file_loaders(source, policy, bs, seed, decode, skip_bad, num_workers=workers,
+                                device=device)
     info = dict(data=source.name, n_train=len(source.train), n_valid=len(source.valid),
-                split=source.split, size=policy.size, in_memory=arrays, skipped=skipped)
-    about = dict(policy=policy, classes=source.classes, info=info, device=device)
-    return SimCLRDataLoaders(train, valid, **about)
+                split=source.split, size=policy.size, in_memory=source.in_memory,
+                skipped=source.skipped)
+    return SimCLRDataLoaders(*loaders, policy=policy, classes=source.classes, info=info,
+                             device=device)
 
 # %% ../nbs/images/09_data.ipynb #4bbaaa5c
 def clean_loader(
@@ -203,5 +164,6 @@ def clean_loader(
     loader = dls.valid.new(dataset, shuffle=False, drop_last=False, bs=bs or dls.train.bs)
     rows = range(min(n or loader.n, loader.n))
     if shard: rows = shard_rows(len(rows), rank(), world_size())
-    loader.n, loader.get_idxs = len(rows), partial(list, rows)
+    loader.n = len(rows)
+    loader.get_idxs = partial(list, rows)
     return loader

@@ -82,7 +82,7 @@ def plain(model, x): return model(x)
 
 
 class AnyLoss(nn.Module):
-    "One of which `dist` knows nothing."
+    "One that the package does not know."
     def forward(self, out): return nt_xent(out.z, TEMPERATURE)
 
 

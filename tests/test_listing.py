@@ -131,7 +131,7 @@ def test_a_change_is_noticed_even_with_its_time_set_back(tmp_path, calm, change)
 def test_a_folder_that_has_just_changed_is_scanned_again(tmp_path):
     "Two files within one tick of the clock: the stamp of the first must not hide the second."
     make(tmp_path / "data", ["a/1.jpg"])
-    scan = listing._scan(str(tmp_path / "data"))[0]
+    scan = listing._scan(str(tmp_path / "data"))
     assert not scan["stamps"].any() and not listing._fresh(str(tmp_path / "data"), scan)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from processes import GIVE_BACK
 from simclr_nb.loss.tiled import NTXent, tiled_nt_xent
-from simclr_nb.loss.contrastive import contrastive_logits, nt_xent, unit_vectors
+from simclr_nb.loss.contrastive import contrastive_logits, nt_xent
+from simclr_nb.loss.projections import unit_vectors
 
 LOSSES = dict(dense=nt_xent, tiled=tiled_nt_xent, tiles_of_5=partial(tiled_nt_xent, tile=5))
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -22,7 +22,8 @@ from simclr_nb.data import simclr_dls
 from simclr_nb.learner import simclr_learner
 from simclr_nb.parallel.microbatch import replace_norms
 
-DIGITS = "digits --epochs 3 --n-train 256 --n-valid 64 --bs 64 --width 0.125".split()
+EPOCHS = 8
+DIGITS = f"digits --epochs {EPOCHS} --n-train 64 --n-valid 64 --bs 16 --width 0.125".split()
 
 
 # The learner
@@ -43,7 +44,7 @@ def pretrain(settings: dict) -> dict:
     "What a small run ends with."
     settings = dict(settings)
     torch.manual_seed(0)
-    dls = simclr_dls("digits", bs=64, n_train=256, n_valid=128, seed=0, device="cpu")
+    dls = simclr_dls("digits", bs=32, n_train=128, n_valid=64, seed=0, device="cpu")
     independent, exact = settings.pop("independent", False), "precision" not in settings
     learn = simclr_learner(dls, width=0.125, **dict(precision="fp32", cbs=[Rounded()]) | settings)
     if independent: replace_norms(learn.model)
@@ -62,7 +63,7 @@ def learn_loss(settings: dict) -> str: return "ContrastiveLoss" if "loss" in set
 
 
 RUNS = dict(batch_norm={}, other_loss=dict(loss="nt_logistic"), independent=dict(independent=True),
-            micro=dict(independent=True, micro_batch=10))
+            micro=dict(independent=True, micro_batch=3))
 
 
 def learners_in_processes(rank: int, world: int) -> dict:
@@ -94,7 +95,7 @@ def test_micro_batches_change_nothing_without_batch_statistics(learners):
     for world in (1, 2): close(learners(world)[0]["micro"], learners(1)[0]["independent"])
 
 
-COMBINED = [dict(precision=p, micro_batch=m) for p in ("bf16", "fp16") for m in (None, 12)]
+COMBINED = [dict(precision=p, micro_batch=m) for p in ("bf16", "fp16") for m in (None, 6)]
 
 
 def options_in_processes(rank: int, world: int) -> list: return [pretrain(dict(s)) for s in COMBINED]
@@ -155,11 +156,22 @@ def children(pid: int) -> list[int]:
     return sorted(int(c) for t in tasks.iterdir() for c in (t / "children").read_text().split())
 
 
+LAST_WORDS = """
+import atexit, sys
+from pathlib import Path
+def say(): print(*["last"] + [p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")])
+atexit.register(say)  # first to be registered, last to be called
+from simclr_nb.cli import pretrain
+sys.exit(pretrain())
+"""
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    "A run in two processes that nobody disturbed."
+    "A run in two processes that nobody disturbed; at its end each names its threads."
     out = tmp_path_factory.mktemp("runs") / "whole"
-    process = begin(out, "torchrun")
+    (program := out.with_name("last.py")).write_text(LAST_WORDS)
+    process = begin(out, "torchrun", program=(program,))
     told = finish(process)
     assert process.returncode == 0, told
     return out, told
@@ -169,9 +181,16 @@ def test_command_prints_and_writes_once(whole):
     out, told = whole
     assert told.count("pretraining resnet18") == told.count("report: ") == 1
     assert "in 2 processes" in told
-    assert [row[0] for row in rows(out)] == ["epoch", "0", "1", "2"]
+    assert [row[0] for row in rows(out)] == ["epoch", *map(str, range(EPOCHS))]
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "encoder.safetensors",
                                                      "history.csv", "report.html", "results.json"]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds threads in /proc")
+def test_no_thread_of_the_group_outlives_the_work(whole):
+    "One that does can abort the process while the interpreter is taken down."
+    last = [line for line in whole[1].splitlines() if line.startswith("last ")]
+    assert len(last) == 2 and "gloo" not in " ".join(last), whole[1]
 
 
 def test_accelerate_does_the_same(whole, tmp_path):
@@ -188,7 +207,9 @@ def same_end(a: Path, b: Path):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
-@pytest.mark.parametrize("who, what", [(1, signal.SIGKILL), (0, signal.SIGKILL), (None, signal.SIGTERM)])
+@pytest.mark.parametrize("who, what", [
+    pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),  # as in the tutorial on many processes
+    (0, signal.SIGKILL), (None, signal.SIGTERM)])
 def test_killed_rank_ends_all_and_the_run_goes_on(whole, tmp_path, who, what):
     "One rank is killed, or the launcher is asked to stop: an end within a minute, nothing lost."
     out = tmp_path / "run"
@@ -209,30 +230,20 @@ def test_killed_rank_ends_all_and_the_run_goes_on(whole, tmp_path, who, what):
     same_end(whole[0], out)
 
 
-LAST_WORDS = """
-import atexit, sys
-from pathlib import Path
-def say(): print(*["last"] + [p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")])
-atexit.register(say)  # first to be registered, last to be called
+TWO_RUNS = """
+import sys
 from simclr_nb.cli import pretrain
-sys.exit(pretrain())
+for option, value in (("--temperature", "-1"), ("--bs", "33")):
+    try: code = pretrain([*sys.argv[1:], option, value])
+    except SystemExit as e: code = e.code
+    print("code", code, flush=True)
 """
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds threads in /proc")
-def test_no_thread_of_the_group_outlives_the_work(tmp_path):
-    "One that does can abort the process while the interpreter is taken down."
-    (tmp_path / "last.py").write_text(LAST_WORDS)
-    process = begin(tmp_path / "run", "torchrun", "--epochs", "1", program=(tmp_path / "last.py",))
-    told = finish(process)
-    last = [line for line in told.splitlines() if line.startswith("last ")]
-    assert process.returncode == 0 and len(last) == 2 and "gloo" not in " ".join(last), told
-
-
 def test_bad_input_is_said_once(tmp_path):
-    process = begin(tmp_path / "run", "torchrun", "--temperature", "-1")
-    told = finish(process)
-    assert process.returncode != 0 and told.count("simclr-pretrain: error: ") == 1, told
-    process = begin(tmp_path / "run", "torchrun", "--bs", "33")
-    told = finish(process)
-    assert "2 processes cannot share a batch of 33: use 32" in told and not (tmp_path / "run").exists()
+    "By one rank; all end."
+    (tmp_path / "two.py").write_text(TWO_RUNS)
+    told = finish(begin(tmp_path / "run", "torchrun", program=(tmp_path / "two.py",)))
+    assert told.count("simclr-pretrain: error: ") == 2 and told.count("code 2") == 4, told
+    assert told.count("temperature") and not (tmp_path / "run").exists()
+    assert "2 processes cannot share a batch of 33: use 32" in told

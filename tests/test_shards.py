@@ -26,12 +26,14 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from simclr_nb.core import remote
+from simclr_nb.core.remote import fetch
 from simclr_nb.images import shards
 from simclr_nb.views.crop import RandomResizedCrop
 from simclr_nb.images.files import ImageFiles, read_pixels
 from simclr_nb.images.epochs import EpochLoader, epoch_order, rank_batches
 from simclr_nb.images.pack import verify_shards, write_shards
-from simclr_nb.images.shards import expand_shards, fetch, open_shards
+from simclr_nb.images.shards import expand_shards, open_shards
 
 FLOWER = load_sample_images().images[1]
 
@@ -130,7 +132,8 @@ def test_draws_differ_between_images_epochs_and_seeds_alone():
 
 def test_resuming_decodes_nothing_before_the_position(photos, monkeypatch):
     read = []
-    monkeypatch.setattr("simclr_nb.files.read_pixels", lambda f: read.append(f) or read_pixels(f))
+    from simclr_nb.images import files as room
+    monkeypatch.setattr(room, "read_pixels", lambda f: read.append(f) or read_pixels(f))
     loader = EpochLoader(files(photos), 8)
     loader.load_state_dict(loader.state_dict() | dict(position=5))
     assert len(seen(loader)) == len(read) == 8
@@ -253,7 +256,7 @@ def faulty(tmp_path, monkeypatch):
     Faulty.log = tmp_path / "log"
     Faulty.log.touch()
     fsspec.register_implementation("faulty", Faulty, clobber=True)
-    monkeypatch.setattr(shards, "fetch", partial(fetch, timeout=0.5))
+    monkeypatch.setattr(remote, "fetch", partial(fetch, timeout=0.5))
 
 
 def test_the_defaults_give_up_within_a_minute():
@@ -269,7 +272,7 @@ def test_a_shard_that_cannot_be_reached(folder, tmp_path, faulty, fault, error, 
     if error:
         with pytest.raises(ConnectionError, match=f"{fault}.tar.*3 attempts.*{error}"):
             open_shards(address, cache=tmp_path)
-        assert not list((tmp_path / "copies").glob("*.tar*.part"))
+        assert not list((tmp_path / "copies").glob(".*.tmp"))
     else: assert len(open_shards(address, cache=tmp_path)) == 8
     assert time.perf_counter() - start < 20
     noted = len(Faulty.log.read_text().splitlines())
@@ -382,6 +385,7 @@ def test_a_conversion_killed_at_any_moment_goes_on(images, tmp_path):
     assert kills
     write_shards(images, tmp_path / "out", max_count=4)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert not list((tmp_path / "out").glob(".*.tmp"))
     assert verify_shards(tmp_path / "out") == []
 
 

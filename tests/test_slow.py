@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from simclr_nb.run.pretrain import RunConfig, run_pretraining
+from simclr_nb.run.pretrain import run_pretraining
+from simclr_nb.run.config import RunConfig
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent

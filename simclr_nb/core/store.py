@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4

@@ -6,32 +6,23 @@
 __all__ = ['clipped_cross_entropy', 'AMDIMClassifiers', 'AMDIMRecipe', 'amdim_recipe', 'amdim_evaluation']
 
 # %% ../../nbs/evaluate/10_amdim.ipynb #c91b13b3
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..views.policy import Policy
-from simclr_nb.evaluate.classifier import (
-    Recipe,
-    describe_labels,
-    labelled_rows,
-    make_recipe,
-    select_images,
-    train_steps,
-)
-from ..data import SimCLRDataLoaders, clean_loader
-from ..measure.representations import represent
-from ..model.inputs import evaluating
-from .frozen import _feature_batches, score_result
+from ..data import SimCLRDataLoaders
+from .classifier import Recipe, labelled_rows, make_recipe, training_card
 from .features import encoder_card
+from .frozen import score_result, scores_on_frozen
+from .result import Result
 from ..train.optim import create_optimizer, warmup_milestones
-from .result import Result, speed
+from ..views.policy import Policy
 
 # %% ../../nbs/evaluate/10_amdim.ipynb #b7cf00ff
 def clipped_cross_entropy(
@@ -67,22 +58,14 @@ class AMDIMClassifiers(nn.Module):
             nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, n_classes),
         )  # fmt: skip
 
-    def forward(
-        self,
-        h: Tensor,  # Features, `(N, D)`
-    ) -> Tensor:  # Logits of the linear classifier, then of the MLP, `(2, N, C)`
-        "Logits of both."
+    def forward(self, h: Tensor) -> Tensor:
+        "Logits of the linear classifier, then of the MLP, `(2, N, C)`, of features `(N, D)`."
         return torch.stack([self.linear(h), self.mlp(h)])
 
     @staticmethod
-    def loss(
-        logits: Tensor,  # Of both, `(2, N, C)`
-        y: Tensor,  # Classes, `(N,)`; -1: unknown
-        clip: float | None = 10.0,  # See `clipped_cross_entropy`
-        penalty: float = 1e-3,  # See `clipped_cross_entropy`
-    ) -> Tensor:  # Scalar, in nats
-        "Sum of the losses of both."
-        return sum(clipped_cross_entropy(each, y, clip, penalty) for each in logits)
+    def loss(logits: Tensor, y: Tensor, **kwargs) -> Tensor:
+        "Sum of the losses of both, logits `(2, N, C)`; for `kwargs` see `clipped_cross_entropy`."
+        return sum(clipped_cross_entropy(each, y, **kwargs) for each in logits)
 
 # %% ../../nbs/evaluate/10_amdim.ipynb #bb38fe7c
 @dataclass(frozen=True)
@@ -108,14 +91,21 @@ class AMDIMRecipe(Recipe):
         options = dict(exclude=lambda p: False, betas=(0.8, 0.999), eps=1e-8)
         return create_optimizer("adam", params, self.lr, self.weight_decay, **options)
 
-    def lr_at(self, step: int) -> float:
-        "Learning rate of a step, counted from 0."
-        return warmup_milestones(step, self.lr, 0, self.steps, self.milestones)
+# %% ../../nbs/evaluate/10_amdim.ipynb #0d801b90
+@patch
+def lr_at(
+    self: AMDIMRecipe,
+    step: int,  # From 0 to `steps` - 1
+) -> float:
+    "Learning rate of a step."
+    return warmup_milestones(step, self.lr, 0, self.steps, self.milestones)
 
-    def __str__(self):
-        at = ", ".join(str(round(m * self.steps)) for m in self.milestones) or "none"
-        return (f"Adam, betas 0.8 and 0.999, lr {self.lr:g}, times 0.2 at steps {at}, "
-                f"{self.steps} steps of {self.bs}, weight decay {self.weight_decay:g}")
+
+@patch
+def __str__(self: AMDIMRecipe):
+    at = ", ".join(str(round(m * self.steps)) for m in self.milestones) or "none"
+    return (f"Adam, betas 0.8 and 0.999, lr {self.lr:g}, times 0.2 at steps {at}, "
+            f"{self.steps} steps of {self.bs}, weight decay {self.weight_decay:g}")
 
 # %% ../../nbs/evaluate/10_amdim.ipynb #df61c46d
 def amdim_recipe(
@@ -129,27 +119,10 @@ def amdim_recipe(
     return AMDIMRecipe(passes.steps, passes.bs, **kwargs)
 
 # %% ../../nbs/evaluate/10_amdim.ipynb #bf8e2c14
-def _width(encoder: nn.Module, dls: SimCLRDataLoaders) -> int:
-    "Width of the features; asked in evaluation mode, so that BatchNorm learns nothing of it."
-    blank = torch.zeros(2, 3, dls.policy.size, dls.policy.size)
-    return represent(encoder, [(blank, torch.zeros(2))])[0].shape[1]
-
-
 def _describe_loss(clip: float | None, penalty: float) -> str:
     "The loss, for a card."
     logits = "logits" if clip is None else f"logits softly clipped at {clip:g}"
     return f"cross-entropy of {logits}; {penalty:g} times the mean square of the logits"
-
-# %% ../../nbs/evaluate/10_amdim.ipynb #d979cb90
-def _train(encoder: nn.Module, dls: SimCLRDataLoaders, rows: Tensor, recipe: Recipe,
-           policy: Policy | None, loss: partial, seed: int, progress: bool) -> AMDIMClassifiers:
-    "Both classifiers, trained on the features of some training images."
-    torch.manual_seed(seed)  # of weights and dropout
-    device, dataset = next(encoder.parameters()).device, select_images(dls.train.dataset, rows)
-    classifiers = AMDIMClassifiers(_width(encoder, dls), len(dls.classes)).to(device)
-    batches = _feature_batches(encoder, dataset, dls, policy, recipe, seed)
-    train_steps(classifiers, batches, recipe, progress=progress, loss_func=loss)
-    return classifiers.cpu().eval()
 
 # %% ../../nbs/evaluate/10_amdim.ipynb #222c38c2
 def amdim_evaluation(
@@ -172,20 +145,16 @@ def amdim_evaluation(
     **card,  # For the card: how the encoder was trained
 ) -> dict[str, Result]:  # Of "linear" and of "mlp"
     "Accuracies of AMDIM's two classifiers on a frozen encoder; raises `ValueError`."
-    start, labels = time.perf_counter(), dls.train.dataset.labels
+    labels = dls.train.dataset.labels
     rows = labelled_rows(labels, fraction, per_class, train_rows, seed)
     recipe = amdim_recipe(len(rows), epochs, bs, lr=lr, milestones=milestones)
     policy = (policy or dls.policy) if augment else None
     loss = partial(AMDIMClassifiers.loss, clip=clip, penalty=penalty)
-    with evaluating(encoder), torch.random.fork_rng():
-        classifiers = _train(encoder, dls, rows, recipe, policy, loss, seed, progress)
-        seconds = time.perf_counter() - start
-        h, y = represent(encoder, clean_loader(dls, 1))
-    with torch.no_grad(): scores = dict(zip(classifiers.names, classifiers(h), strict=True))
-    views = "; ".join(map(repr, policy.operators)) if policy else "none"
-    about = dict(optimizer=str(recipe), loss=_describe_loss(clip, penalty), epochs=epochs,
-                 bs=recipe.bs, labels=describe_labels(labels, rows), seed=seed, selection="none",
-                 augmentation=views, **speed(seconds, recipe.n_images),
-                 **encoder_card(encoder, dls, name), **card)
-    protocols = dict(linear="AMDIM linear", mlp="AMDIM MLP")
-    return {k: score_result(s, y, protocol=protocols[k], **about) for k, s in scores.items()}
+    scores, seconds = scores_on_frozen(encoder, dls, rows, recipe, policy, AMDIMClassifiers, seed,
+                                       progress=progress, loss_func=loss)
+    training = training_card(recipe, labels, rows, policy, seconds, epochs=epochs, seed=seed,
+                             loss=_describe_loss(clip, penalty))
+    card = dict(**training, **encoder_card(encoder, dls, name), **card)
+    y = dls.valid.dataset.labels
+    return dict(linear=score_result(scores[0], y, protocol="AMDIM linear", **card),
+                mlp=score_result(scores[1], y, protocol="AMDIM MLP", **card))

@@ -12,13 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from fastcore.basics import patch
 from scipy.stats import ttest_ind, ttest_rel
 from torch import Tensor
 
+from ..core.choices import check_choice
 from .result import Result, mean_result
+from .significance import mcnemar_test, permutation_test
 from ..measure.intervals import bootstrap_interval
 from ..measure.metrics import class_weights
-from .significance import mcnemar_test, permutation_test
 
 # %% ../../nbs/evaluate/08_comparison.ipynb #075c19cd
 _VARIABLE = {"protocol", "feature", "preprocessing", "labels", "training images"}
@@ -27,7 +29,7 @@ _IF_STATED = {"labels": "labels", "training images": "data.n_train",
               "all of the data set": "data.complete"}
 _MEASURED = {"seconds", "images_per_second", "peak_memory_mib", "values", "selected", "top_5"}
 
-
+# %% ../../nbs/evaluate/08_comparison.ipynb #fc3cdc17
 def _difference_in(fact: str, a, b, required: bool = True) -> str | None:
     "In plain words, how what two cards state of a fact keeps them from being compared; or None."
     if a is None and b is None and not required: return None
@@ -45,34 +47,33 @@ def _on_test(result: Result, which: str) -> str | None:
     if not re.search(r"\btest(ing)?\b", said): return None
     return f"selection: the {which} was chosen on test images ({chosen})"
 
-
+# %% ../../nbs/evaluate/08_comparison.ipynb #e8930eff
 def _reasons(a: Result, b: Result, vary: Sequence[str]) -> list[str]:
     "Why two results cannot be compared; empty if they can."
-    found = [_difference_in(fact, a.stated(fact), b.stated(fact))
-             for fact in _REQUIRED if fact not in vary]
-    found += [_difference_in(fact, a.stated(place), b.stated(place), False)
-              for fact, place in _IF_STATED.items() if fact not in vary]
-    found += [_on_test(a, "first"), _on_test(b, "second")]
+    reasons = [_difference_in(fact, a.stated(fact), b.stated(fact))
+               for fact in _REQUIRED if fact not in vary]
+    reasons += [_difference_in(fact, a.stated(place), b.stated(place), required=False)
+                for fact, place in _IF_STATED.items() if fact not in vary]
+    reasons += [_on_test(a, "first"), _on_test(b, "second")]
     if a.y is not None and b.y is not None and not torch.equal(a.y, b.y):
-        found.append("test images: their labels differ, so they or their order are not the same")
-    return [reason for reason in found if reason]
+        reasons.append("test images: their labels differ, so they or their order are not the same")
+    return [reason for reason in reasons if reason]
 
 # %% ../../nbs/evaluate/08_comparison.ipynb #cf83eaea
 def _flat(card: dict, before: str = "") -> dict:
     "Facts of a card by their place, such as `data.split`."
-    found = {}
+    facts = {}
     for key, value in card.items():
-        if isinstance(value, dict): found |= _flat(value, f"{before}{key}.")
-        else: found[before + key] = value
-    return found
+        if isinstance(value, dict): facts |= _flat(value, f"{before}{key}.")
+        else: facts[before + key] = value
+    return facts
 
 
 def _other_differences(a: Result, b: Result) -> list[str]:
     "Where else the cards differ, but for what was measured: what the difference may be due to."
     a, b = (_flat(result.card) for result in (a, b))
     facts = [fact for fact in a | b if a.get(fact) != b.get(fact) and fact not in _MEASURED]
-    said = "{}: {} and {}".format
-    return [said(f, *(card.get(f, "not stated") for card in (a, b))) for f in facts]
+    return [f"{f}: {a.get(f, 'not stated')} and {b.get(f, 'not stated')}" for f in facts]
 
 # %% ../../nbs/evaluate/08_comparison.ipynb #813f8123
 @dataclass(repr=False)
@@ -88,11 +89,6 @@ class Comparison:
     high: float | None = None  # Upper end
     tests: dict[str, float] = field(default_factory=dict)  # Test to its two-sided p-value
 
-    @property
-    def p_value(self) -> float | None:
-        "Of the first of `tests`; None without one."
-        return next(iter(self.tests.values()), None)
-
     def __str__(self):
         if not self.comparable: return "\n  ".join(["not comparable", *self.reasons])
         text = f"{self.measure}: {100 * self.difference:+.2f} points"
@@ -102,6 +98,12 @@ class Comparison:
         return "\n  ".join([*lines, *(f"differ in {d}" for d in self.differs)])
 
     __repr__ = __str__
+
+# %% ../../nbs/evaluate/08_comparison.ipynb #7f171091
+@patch(as_prop=True)
+def p_value(self: Comparison) -> float | None:
+    "Of the first of `tests`; None without one."
+    return next(iter(self.tests.values()), None)
 
 # %% ../../nbs/evaluate/08_comparison.ipynb #b028d165
 def _weighted(y: Tensor | None) -> Callable[..., Tensor]:
@@ -113,35 +115,44 @@ def _weighted(y: Tensor | None) -> Callable[..., Tensor]:
 def _over_images(a: Result, b: Result, samples: int, generator) -> dict:
     "Difference, interval and tests on the test images that both results share."
     metric = str(a.stated("metric"))
-    ranking, per_class = ("mAP" in metric or "precision" in metric), "per class" in metric
+    ranking = "mAP" in metric or "precision" in metric
+    per_class = "per class" in metric
     if per_class and a.y is None: return {}
     y = a.y if per_class else None
     d = a.correct.double() - b.correct.double()
-    low, high = bootstrap_interval(_weighted(y), *(d, y)[:1 + per_class], generator=generator)
+    resampled = (d, y) if per_class else (d,)
+    low, high = bootstrap_interval(_weighted(y), *resampled, generator=generator)
     weights = class_weights(y) if per_class else None
-    tests = {"permutation of test images": permutation_test(a.correct, b.correct, weights, samples,
-                                                            generator)}
+    p = permutation_test(a.correct, b.correct, weights, samples, generator)
+    tests = {"permutation of test images": p}
     if a.correct.dtype == b.correct.dtype == torch.bool and not per_class:
         tests["McNemar, exact"] = mcnemar_test(a.correct, b.correct)
-    measure = "accuracy of decisions" if ranking else metric
-    return dict(measure=measure, difference=_weighted(y)(*(d, y)[:1 + per_class]).item(),
-                low=low, high=high, tests=tests)
+    return dict(measure="accuracy of decisions" if ranking else metric,
+                difference=_weighted(y)(*resampled).item(), low=low, high=high, tests=tests)
 
 # %% ../../nbs/evaluate/08_comparison.ipynb #440e171e
+def _seeds(result: Result) -> list | None:
+    "The seed of each of its repeated runs; None if the card does not list them."
+    for key in ("seeds", "label_seeds"):
+        seeds = result.card.get(key)
+        if isinstance(seeds, list) and len(seeds) == len(result.card["values"]): return seeds
+    return None
+
+
 def _over_runs(a: Result, b: Result) -> dict:
     "Difference, Student's interval and test over repeated runs; paired if their seeds agree."
     x, y = a.card["values"], b.card["values"]
-    seeds = [next((s for k in ("seeds", "label_seeds") if isinstance(s := r.card.get(k), list)
-                   and len(s) == len(x)), None) for r in (a, b)]
-    paired = len(x) == len(y) and seeds[0] is not None and seeds[0] == seeds[1]
     difference = sum(x) / len(x) - sum(y) / len(y)
-    name = f"Welch's t over {len(x)} and {len(y)} runs"
-    if paired: name = f"paired t over {len(x)} runs"
-    test = ttest_rel(x, y) if paired else ttest_ind(x, y, equal_var=False)
-    interval, p = test.confidence_interval(0.95), float(test.pvalue)
-    if math.isnan(p): return dict(difference=difference)  # runs without any spread
+    if _seeds(a) is not None and _seeds(a) == _seeds(b):
+        name = f"paired t over {len(x)} runs"
+        test = ttest_rel(x, y)
+    else:
+        name = f"Welch's t over {len(x)} and {len(y)} runs"
+        test = ttest_ind(x, y, equal_var=False)
+    if math.isnan(test.pvalue): return dict(difference=difference)  # runs without any spread
+    interval = test.confidence_interval(0.95)
     return dict(difference=difference, low=float(interval.low), high=float(interval.high),
-                tests={name: p})
+                tests={name: float(test.pvalue)})
 
 # %% ../../nbs/evaluate/08_comparison.ipynb #5f1de571
 def compare(
@@ -151,36 +162,36 @@ def compare(
     samples: int = 100_000,  # Random exchanges of the permutation test, as in the paper
     generator: torch.Generator | None = None,  # By default torch's global one
 ) -> Comparison:
-    "Whether two results may be compared, and how they differ; or raises `ValueError`."
-    vary = {vary} if isinstance(vary, str) else set(vary)
-    if unknown := vary - _VARIABLE:
-        raise ValueError(f"{sorted(unknown)} cannot vary; of {sorted(_VARIABLE)}, any can")
-    reasons, differs = _reasons(a, b, vary), _other_differences(a, b)
+    "Whether two results may be compared, and how they differ; raises `ValueError`."
+    vary = [vary] if isinstance(vary, str) else vary
+    for fact in vary: check_choice("value of vary", fact, sorted(_VARIABLE))
+    differs = _other_differences(a, b)
+    reasons = _reasons(a, b, vary)
     if reasons: return Comparison(False, reasons, differs)
-    found = dict(measure=str(a.stated("metric")), difference=a.value - b.value)
-    images = a.correct is not None and b.correct is not None
-    images = _over_images(a, b, samples, generator) if images else {}
-    runs = {}
+    images, runs = {}, {}
+    if a.correct is not None and b.correct is not None:
+        images = _over_images(a, b, samples, generator)
     if a.stated("values") and b.stated("values"): runs = _over_runs(a, b)
     tests = runs.get("tests", {}) | images.get("tests", {})
-    return Comparison(True, [], differs, **{**found, **images, **runs, "tests": tests})
+    plain = dict(measure=str(a.stated("metric")), difference=a.value - b.value)
+    return Comparison(True, [], differs, **plain | images | runs | dict(tests=tests))
 
 # %% ../../nbs/evaluate/08_comparison.ipynb #45420260
 def _shared(cards: list[dict]) -> dict:
     "What all cards state alike."
-    found = {}
+    shared = {}
     for key, value in cards[0].items():
-        others = [card.get(key) for card in cards]
-        if all(isinstance(other, dict) for other in others): found[key] = _shared(others)
-        elif all(other == value for other in others): found[key] = value
-    return found
+        values = [card.get(key) for card in cards]
+        if all(isinstance(v, dict) for v in values): shared[key] = _shared(values)
+        elif all(v == value for v in values): shared[key] = value
+    return shared
 
 
 def _measured(cards: list[dict]) -> dict:
     "Seconds of all together, the slowest of rates, the largest of memories; where all state them."
-    total = dict(seconds=sum, images_per_second=min, peak_memory_mib=max)
-    return {k: how(c[k] for c in cards) for k, how in total.items()
-            if all(c.get(k) is not None for c in cards)}
+    combine = dict(seconds=sum, images_per_second=min, peak_memory_mib=max)
+    stated = [k for k in combine if all(card.get(k) is not None for card in cards)]
+    return {k: combine[k](card[k] for card in cards) for k in stated}
 
 # %% ../../nbs/evaluate/08_comparison.ipynb #1237d2a2
 def mean_of_seeds(
@@ -192,11 +203,12 @@ def mean_of_seeds(
         raise ValueError(f"expected at least 2 results, each of its own seed, got {len(results)} "
                          f"of seeds {list(seeds)}")
     for other in results[1:]:
-        if reasons := _reasons(results[0], other, ()):
+        reasons = _reasons(results[0], other, ())
+        if reasons:
             raise ValueError(f"runs that are not comparable have no mean: {'; '.join(reasons)}")
     cards = [result.card for result in results]
-    own = ("metric", "interval", "values", "repetitions", "seeds")
-    card = {k: v for k, v in _shared(cards).items() if k not in {*own, *_MEASURED}}
+    of_the_mean = {"metric", "interval", "values", "repetitions", "seeds"}
+    card = {k: v for k, v in _shared(cards).items() if k not in of_the_mean | _MEASURED}
     card |= dict(_measured(cards), seeds=list(seeds))
     mean = mean_result([r.value for r in results], results[0].stated("metric"), **card)
     if any(r.correct is None for r in results): return mean

@@ -57,9 +57,10 @@ class Features:
     def result(self, predicted: Tensor, **card) -> Result:
         "Accuracy of predicted classes `(N,)`; the only place where labels of test images are read."
         check_labelled(self.y_test)
-        return accuracy_result(predicted.cpu() == self.y_test, self.y_test, **self.about(**card))
+        card = self.protocol_card(**card)
+        return accuracy_result(predicted.cpu() == self.y_test, self.y_test, **card)
 
-    def about(self, **card) -> dict:
+    def protocol_card(self, **card) -> dict:
         "Card of a protocol: its own facts, those of the features, those of the machine."
         seconds = card.pop("seconds", 0) + self.card.get("seconds", 0)
         return {**card, **self.card, **environment(), "seconds": round(seconds, 2)}

@@ -123,7 +123,7 @@ def logistic_accuracy(
                 seconds=time.perf_counter() - start)
     results = [f.result(p, **card) for p in predicted]
     if not few: return results[0]
-    return mean_result([r.value for r in results], n_test=len(f.y_test), **f.about(**card))
+    return mean_result([r.value for r in results], n_test=len(f.y_test), **f.protocol_card(**card))
 
 # %% ../../nbs/evaluate/05_frozen.ipynb #30412688
 def score_result(

@@ -9,6 +9,8 @@ __all__ = ['Journal']
 import json
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core.store import check_same_settings, write_atomic
 from .result import Result
 
@@ -34,15 +36,14 @@ class Journal:
         path: str | Path | None,  # File, made when first written; None: keep nothing
         settings: dict,  # What must not change between two runs; anything JSON can hold
     ):
-        self.path, settings = path and Path(path), json.loads(json.dumps(settings))
+        self.path = None if path is None else Path(path)
+        settings = json.loads(json.dumps(settings))  # as they come back from a file
         self.entries = [dict(settings=settings)]
-        if self.path and self.path.is_file() and (found := _read_journal(self.path)):
-            check_same_settings(self.path, found[0]["settings"], settings)
-            self.entries = found
-
-    def find(self, point: dict) -> dict | None:
-        "The entry of a point: `point`, `valid`, `seconds`; None if it has not been tried."
-        return next((e for e in self.tried if e["point"] == point), None)
+        if not self.path or not self.path.is_file(): return
+        entries = _read_journal(self.path)
+        if not entries: return
+        check_same_settings(self.path, entries[0]["settings"], settings)
+        self.entries = entries
 
     def add(self, **entry):
         "Append an entry, and write the whole journal so that a kill leaves the old or the new one."
@@ -52,13 +53,24 @@ class Journal:
         lines = [json.dumps(e, allow_nan=False) + "\n" for e in self.entries]
         write_atomic(self.path, "".join(lines).encode())
 
-    @property
-    def tried(self) -> list[dict]:
-        "Entries of all points that have been tried."
-        return [e for e in self.entries if "point" in e]
+# %% ../../nbs/evaluate/09_journal.ipynb #2e9b5a72
+@patch(as_prop=True)
+def tried(self: Journal) -> list[dict]:
+    "Entries of all points that have been tried: `point`, `valid`, `seconds`."
+    return [e for e in self.entries if "point" in e]
 
-    @property
-    def result(self) -> Result | None:
-        "The final result, once there is one."
-        found = [e["result"] for e in self.entries if "result" in e]
-        return Result.from_dict(found[-1]) if found else None
+
+@patch
+def find(
+    self: Journal,
+    point: dict,  # Hyper-parameters by name
+) -> dict | None:
+    "The entry of a point; None if it has not been tried."
+    return next((e for e in self.tried if e["point"] == point), None)
+
+
+@patch(as_prop=True)
+def result(self: Journal) -> Result | None:
+    "The final result, once there is one."
+    results = [e["result"] for e in self.entries if "result" in e]
+    return Result.from_dict(results[-1]) if results else None

@@ -82,7 +82,8 @@ def _unpack(packed: dict | None) -> Tensor | None:
 # %% ../../nbs/evaluate/01_result.ipynb #8f10e795
 def _check(result) -> None:
     "Refuse a value that is no share, and test examples that contradict it."
-    value, n = result.value, result.card.get("n_test")
+    value = result.value
+    n = result.card.get("n_test")
     if not (-1e-9 <= value <= 1 + 1e-9 and math.isfinite(result.low + result.high)):
         raise ValueError(f"expected a share, 0 to 1, and a finite interval, got {value} "
                          f"({result.low} to {result.high})")

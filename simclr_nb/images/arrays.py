@@ -78,6 +78,28 @@ def clean(
              for x in self.images.split(256)]
     return ImageArrays(torch.cat(views), self.labels)
 
+# %% ../../nbs/images/04_arrays.ipynb #ca8d3594
+@patch
+def keep_on(
+    self: ImageArrays,
+    device: str | torch.device,  # Where batches will go
+) -> ImageArrays:
+    "Itself, with a copy of the images on a device, for batches that go there."
+    self.kept = self.images, self.images.to(device)
+    return self
+
+# %% ../../nbs/images/04_arrays.ipynb #fbe83ba2
+@patch
+def at(
+    self: ImageArrays,
+    device: str | torch.device | None,  # Where a batch will go; None: the CPU
+) -> Tensor:
+    "The images to take batches for a device from, `(N, 3, H, W)`: its copy, where there is one."
+    if self.kept is None or device is None: return self.images
+    original, copy = self.kept
+    is_here = torch.empty(0, device=device).device == copy.device
+    return copy if is_here and original is self.images else self.images
+
 # %% ../../nbs/images/04_arrays.ipynb #f2701612
 def load_arrays(
     paths: Sequence[Path],  # Image files, all of one size
@@ -123,27 +145,6 @@ class ArrayEpochLoader(ArrayLoader, EpochLoader):
     "`EpochLoader` over `ImageArrays` that gathers whole batches."
 
     def get_idxs(self): return self.plan(self.epoch)[0][self.start:].ravel()
-
-# %% ../../nbs/images/04_arrays.ipynb #b8a495ce
-@patch
-def keep_on(
-    self: ImageArrays,
-    device: str | torch.device,  # Where batches will go
-) -> ImageArrays:
-    "Itself, with a copy of the images on a device, for batches that go there."
-    self.kept = self.images, self.images.to(device)
-    return self
-
-@patch
-def at(
-    self: ImageArrays,
-    device: str | torch.device | None,  # Where a batch will go; None: the CPU
-) -> Tensor:
-    "The images to take batches for a device from, `(N, 3, H, W)`: its copy, where there is one."
-    if self.kept is None or device is None: return self.images
-    original, copy = self.kept
-    is_here = torch.empty(0, device=device).device == copy.device
-    return copy if is_here and original is self.images else self.images
 
 # %% ../../nbs/images/04_arrays.ipynb #3af35fbc
 def is_resident(

@@ -87,8 +87,9 @@ class EpochLoader(DataLoader):
         if window is None:
             window = 4 if getattr(getattr(dataset, "paths", None), "is_remote", False) else 0
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.window, self.skip_bad, self.skipped = window, skip_bad, []
-        self.epoch, self.start, self.position = 0, 0, 0
+        self.window, self.skip_bad = window, skip_bad
+        self.skipped = []
+        self.epoch = self.start = self.position = 0
         kwargs |= dict(shuffle=True, drop_last=True, indexed=True)
         super().__init__(dataset, bs, **kwargs)
         self.timeout = timeout
@@ -198,7 +199,8 @@ def __iter__(self: EpochLoader):
             self.skipped += sorted(set(bad) - set(self.skipped))
         self.position += 1
         yield tuple(batch)
-    self.epoch, self.start, self.position = self.epoch + 1, 0, 0
+    self.epoch += 1
+    self.start = self.position = 0
 
 # %% ../../nbs/images/03_epochs.ipynb #9f987abd
 @patch

@@ -26,7 +26,6 @@ from ..views.crop import RandomResizedCrop, crop_resize
 _ORIENTATION = 0x0112  # EXIF tag; 1: as stored, 2 to 8: mirrored, turned, or both
 _KINDS = "JPEG", "MPO"  # the second: a JPEG with more pictures after it
 
-
 def _jpeg_header(data: bytes, path: object) -> tuple[int, int, int]:
     "Height and width of an upright JPEG, and its EXIF orientation."
     try:
@@ -130,8 +129,8 @@ def _cropped(pixels: Tensor, box: list[int], flip: bool, crop: RandomResizedCrop
     top, left, height, width = box
     if crop.antialias and crop.interpolation in ("bilinear", "bicubic"):
         view = pixels[None, :, top : top + height, left : left + width]
-        how = dict(size=(crop.size, crop.size), mode=crop.interpolation, antialias=True)
-        view = F.interpolate(view, **how)[0]
+        size = crop.size, crop.size
+        view = F.interpolate(view, size=size, mode=crop.interpolation, antialias=True)[0]
         return view.flip(2) if flip else view
     draws = torch.tensor([box]), crop.size, torch.tensor([bool(flip)])
     view = crop_resize(pixels[None].float(), *draws, crop.antialias, crop.interpolation)[0]
@@ -176,7 +175,8 @@ class JpegFiles(ImageFiles):
 # %% ../../nbs/images/05_files.ipynb #6634d79d
 def _groups(sizes: Sequence[tuple[int, int]], most: int) -> list[list[int]]:
     "Rows of images of similar size, padded no more than so many pixels together; or one image."
-    groups, height, width = [[]], 0, 0
+    groups = [[]]
+    height = width = 0
     for row in sorted(range(len(sizes)), key=lambda row: sizes[row][0] * sizes[row][1]):
         height, width = max(height, sizes[row][0]), max(width, sizes[row][1])
         if groups[-1] and (len(groups[-1]) + 1) * height * width > most:
@@ -202,12 +202,14 @@ def _crop_pairs(
     limit: int = 2**29,  # Bytes of padded pixels at a time
 ) -> Tensor:  # `(N, 2, 3, S, S)`, uint8, on that device
     "Two crops of each image; raises `ValueError` for a box outside its image."
-    size, how = crop.size, (crop.antialias, crop.interpolation)
+    size = crop.size
     out = images[0].new_empty(len(images), 2, 3, size, size)
-    for rows in _groups([image.shape[1:] for image in images], limit // 12):
-        padded, rows = _padded([images[row] for row in rows]), torch.tensor(rows)
+    for group in _groups([image.shape[1:] for image in images], limit // 12):
+        padded = _padded([images[row] for row in group])
+        rows = torch.tensor(group)
         for k in range(2):
-            views = crop_resize(padded, boxes[rows, k], size, flips[rows, k], *how)
+            views = crop_resize(padded, boxes[rows, k], size, flips[rows, k], crop.antialias,
+                                crop.interpolation)
             out[rows.to(out.device), k] = views.round_().clamp_(0, 255).byte()
     return out
 

@@ -29,8 +29,8 @@ def _shares(n_images: int, n_classes: int, fraction: float | None, per_class: in
     if not 0 < fraction <= 1: raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
     n = math.floor(fraction * n_images + 1e-6)  # 0.29 * 100 is 28.999... in floating point
     if n < n_classes:
-        found = f"{fraction:g} of {n_images:,} images are {n}"
-        raise ValueError(f"{found}, fewer than one for each of {n_classes} classes")
+        raise ValueError(f"{fraction:g} of {n_images:,} images are {n}, fewer than one for each "
+                         f"of {n_classes} classes")
     return divmod(n, n_classes)
 
 # %% ../../nbs/images/07_labels.ipynb #fed80ead
@@ -51,7 +51,8 @@ def label_fraction(
     members = labels.argsort(stable=True).split(sizes.tolist())
     orders = [m[torch.randperm(len(m), generator=generator)] for m in members]
     wanted = each + (torch.randperm(len(classes), generator=generator).argsort() < more).long()
-    if (short := (sizes < wanted).nonzero()[:, 0]).numel():
+    short = (sizes < wanted).nonzero()[:, 0]
+    if len(short):
         label, size, k = (int(v[short[0]]) for v in (classes, sizes, wanted))
         raise ValueError(f"class {label} has {size} images, fewer than the {k} to be labelled")
     return torch.cat([o[:k] for o, k in zip(orders, wanted, strict=True)]).sort().values
@@ -109,8 +110,8 @@ def _check_balance(counts: Counter) -> None:
     most, high = counts.most_common()[0]
     least, low = counts.most_common()[-1]
     if high - low > 1 or not low:
-        found = f"{high} images of class {most!r} and {low} of {least!r}"
-        raise ValueError(f"the list has {found}; with balanced=False it is taken as it is")
+        raise ValueError(f"the list has {high} images of class {most!r} and {low} of {least!r}; "
+                         "with balanced=False it is taken as it is")
 
 # %% ../../nbs/images/07_labels.ipynb #a8fef810
 def _only_file(line: int, name: str, rows: list[int], images: Sequence[str | Path]) -> int:
@@ -135,8 +136,8 @@ def match_list(
         folders.append(os.path.basename(folder))
         for key in {name, f"{folders[-1]}_{name}"} & listed: places[key].append(i)
     rows = [_only_file(i, name, places[name], images) for i, name in enumerate(names, 1)]
-    if twice := [row for row, n in Counter(rows).items() if n > 1]:
-        raise ValueError(f"the list has {images[twice[0]]} under two names")
+    for row, count in Counter(rows).items():
+        if count > 1: raise ValueError(f"the list has {images[row]} under two names")
     if len(set(folders)) < 2: folders = [os.path.basename(i).partition("_")[0] for i in images]
     counts = Counter(dict.fromkeys(folders, 0))
     counts.update(folders[row] for row in rows)

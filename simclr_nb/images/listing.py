@@ -54,7 +54,8 @@ class Items(Sequence):
         group: np.ndarray,  # Number of each item's group, `(N,)`, int32; -1: none
         groups: Sequence[str],  # Name of each group; two folders may have one name
     ):
-        self.group, self.groups, self.rows = group, list(groups), np.arange(len(group))
+        self.group, self.groups = group, list(groups)
+        self.rows = np.arange(len(group))  # of the whole; a part has some of them
 
     def item(self, row: int):
         "Item number `row` of the whole; subclasses say what that is."
@@ -107,7 +108,8 @@ def deal(self: Items) -> Items:
     return self[np.array(order)[np.argsort(np.concatenate(share), kind="stable")]]
 
 # %% ../../nbs/images/01_listing.ipynb #f73e5761
-IMAGE_SUFFIXES = set(".jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .jp2 .avif".split())
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff",
+                  ".ppm", ".pgm", ".jp2", ".avif"}
 
 # %% ../../nbs/images/01_listing.ipynb #752a9173
 def _walk(folder: str, above: tuple = ()) -> Iterator[tuple[str, str, tuple[int, int]]]:

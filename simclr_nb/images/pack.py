@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from fastcore.basics import chunked
+from fastcore.basics import chunked, patch
 
 from .arrays import ImageArrays
 from ..core.work import with_progress
-from .source import Source, _probe, find_source
+from .source import Source, find_source, probe_image
 from simclr_nb.core.store import (
     atomic_file,
     check_same_settings,
@@ -44,47 +44,63 @@ class _Part:
 
     def below(self, row: int) -> str: return os.path.relpath(self.paths[row], self.root)
 
-    def load(self, row: int) -> tuple[list[tuple[str, bytes]], str]:
-        "Members of one sample, and why its image cannot be decoded (empty if it can)."
-        path, label = self.paths[row], int(self.labels[row])
-        about = dict(path=self.below(row).replace(os.sep, "/"))
-        if label >= 0: about |= {"label": label, "class": self.classes[label]}
-        content, key = path.read_bytes(), f"{row:08}"
-        members = [(key + path.suffix.lower(), content),
-                   (f"{key}.json", json.dumps(about).encode())]
-        return members, _probe(io.BytesIO(content))[1]
+# %% ../../nbs/images/08_pack.ipynb #83c9e9df
+@patch
+def load(self: _Part, row: int) -> tuple[list[tuple[str, bytes]], str]:
+    "Members of one sample, and why its image cannot be decoded (empty if it can)."
+    path = self.paths[row]
+    label = int(self.labels[row])
+    about = dict(path=self.below(row).replace(os.sep, "/"))
+    if label >= 0: about |= {"label": label, "class": self.classes[label]}
+    content = path.read_bytes()
+    members = [(f"{row:08}{path.suffix.lower()}", content),
+               (f"{row:08}.json", json.dumps(about).encode())]
+    return members, probe_image(io.BytesIO(content))[1]
 
-    def samples(self, start: int) -> Iterator[tuple[int, tuple]]:
-        "Row and `load(row)` of all rows from `start` on, by all cores, some hundred ahead."
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for rows in chunked(range(start, len(self.paths)), 256):
-                yield from zip(rows, pool.map(self.load, rows), strict=True)
+@patch
+def samples(self: _Part, start: int) -> Iterator[tuple[int, tuple]]:
+    "Row and `load(row)` of all rows from `start` on, by all cores, some hundred ahead."
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for rows in chunked(range(start, len(self.paths)), 256):
+            yield from zip(rows, pool.map(self.load, rows), strict=True)
 
 # %% ../../nbs/images/08_pack.ipynb #f319561c
 class _Hashing:
     "A file that is being written, its size and SHA-256."
 
-    def __init__(self, file): self.file, self.digest, self.size = file, hashlib.sha256(), 0
+    def __init__(self, file):
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.size = 0
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
         self.size += len(data)
         return self.file.write(data)
 
+# %% ../../nbs/images/08_pack.ipynb #5977ccfa
+def _add(tar: tarfile.TarFile, members: list[tuple[str, bytes]]) -> None:
+    "Write the members of one sample; their headers carry no time and no owner."
+    for name, content in members:
+        header = tarfile.TarInfo(name)
+        header.size = len(content)
+        tar.addfile(header, io.BytesIO(content))
+
 # %% ../../nbs/images/08_pack.ipynb #e715fee6
 def _fill(file, part: _Part, samples: Iterator, limits: tuple[int, int], skip_bad: bool) -> dict:
     "Write samples to a tar file until it is full; what the manifest says of it."
-    hashing, count, bad = _Hashing(file), 0, []
+    hashing = _Hashing(file)
+    count = 0
+    bad = []
     with tarfile.open(fileobj=hashing, mode="w|", format=tarfile.PAX_FORMAT) as tar:
         for row, (members, reason) in samples:
             if reason and not skip_bad:
                 advice = "remove it, or leave such files out with skip_bad"
                 raise ValueError(f"cannot read image {part.paths[row]}: {reason}; {advice}")
             if reason: bad.append(f"{part.below(row)}: {reason}")
-            for name, content in [] if reason else members:
-                (about := tarfile.TarInfo(name)).size = len(content)
-                tar.addfile(about, io.BytesIO(content))
-            count += not reason
+            else:
+                _add(tar, members)
+                count += 1
             if count >= limits[0] or hashing.size >= limits[1]: break
     return dict(samples=count, bytes=hashing.size, sha256=hashing.digest.hexdigest(), end=row + 1,
                 skipped=bad)
@@ -101,7 +117,8 @@ def _pack_part(out: Path, manifest: dict, part: _Part, progress: bool) -> None:
         return not shard["samples"] or path.is_file() and path.stat().st_size == shard["bytes"]
 
     shards = manifest["parts"][part.name] = list(takewhile(there, manifest["parts"][part.name]))
-    start, total = shards[-1]["end"] if shards else 0, len(part.paths)
+    start = shards[-1]["end"] if shards else 0
+    total = len(part.paths)
     samples = iter(with_progress(part.samples(start), total - start, progress))
     limits = manifest["max_count"], manifest["max_size"]
     while start < total:
@@ -170,8 +187,9 @@ def write_shards(
 
     if min(max_count, max_size) < 1:
         raise ValueError(f"max_count and max_size must be at least 1: {max_count}, {max_size}")
-    source, out = find_source(data), Path(out)
+    source = find_source(data)
     parts = _parts(source)
+    out = Path(out)
     plan = dict(version=1, complete=False, data=source.name, classes=source.classes,
                 split=source.split, max_count=max_count, max_size=max_size, skip_bad=skip_bad,
                 files=_digest(parts))
@@ -185,20 +203,25 @@ def write_shards(
     except Timeout: raise ValueError(f"another process is writing to {out}") from None
     return manifest | dict(complete=True)
 
+# %% ../../nbs/images/08_pack.ipynb #693ecf62
+def _sha256(path: Path) -> str:
+    "SHA-256 of a file, read in blocks."
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20): digest.update(block)
+    return digest.hexdigest()
+
 # %% ../../nbs/images/08_pack.ipynb #759caf1f
 def verify_shards(
     folder: str | Path,  # Shards from `write_shards`
 ) -> list[str]:  # What is wrong, one line per shard; empty if nothing is
     "Compare all shards with the checksums of their manifest; raises as `read_manifest` does."
-    manifest, wrong = read_manifest(folder), []
+    manifest = read_manifest(folder)
     if manifest is None: raise FileNotFoundError(f"no manifest.json in {folder}")
+    wrong = []
     for shard in [shard for part in manifest["parts"].values() for shard in part]:
-        path, digest = Path(folder) / shard["name"], hashlib.sha256()
+        path = Path(folder) / shard["name"]
         if not shard["samples"]: continue
-        if not path.is_file():
-            wrong.append(f"{path}: missing")
-            continue
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20): digest.update(block)
-        if digest.hexdigest() != shard["sha256"]: wrong.append(f"{path}: checksum differs")
+        if not path.is_file(): wrong.append(f"{path}: missing")
+        elif _sha256(path) != shard["sha256"]: wrong.append(f"{path}: checksum differs")
     return wrong

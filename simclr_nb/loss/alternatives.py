@@ -12,22 +12,14 @@ from inspect import signature
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..model.head import Projection
+from ..core.choices import check_choice
 from .contrastive import contrastive_logits, nt_xent
+from ..model.head import Projection
 
 # %% ../../nbs/loss/03_alternatives.ipynb #7e3d459b
-def _check_choice(
-    name: str,  # Of the argument
-    value: str,  # Given
-    *choices: str,  # Allowed
-) -> None:
-    "Raise `ValueError` unless the value is one of the choices."
-    if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
-
-
 def _both_directions(
     z: Tensor,  # Projections of both views, `(2N, D)`
     temperature: float,  # Similarities are divided by it, > 0
@@ -42,8 +34,8 @@ def _reduce(
     losses: Tensor,  # One per anchor, `(2N,)`
     reduction: str,  # "mean" or "none"
 ) -> Tensor:  # Scalar, or the losses as they are
-    "Mean over the anchors, if wanted."
-    _check_choice("reduction", reduction, "mean", "none")
+    "Mean over the anchors, if wanted; raises `ValueError` for an unknown reduction."
+    check_choice("reduction", reduction, ("mean", "none"))
     return losses.mean() if reduction == "mean" else losses
 
 # %% ../../nbs/loss/03_alternatives.ipynb #dc604595
@@ -65,13 +57,13 @@ def _similarities(
     negatives: str,  # "one_view" or "two_views"
 ) -> tuple[Tensor, Tensor]:  # Positive `(2N,)`, negatives `(2N, N)` or `(2N, 2N)`
     "Similarity to the positive and to each negative; -inf in the columns that are none."
-    _check_choice("negatives", negatives, "one_view", "two_views")
+    check_choice("kind of negatives", negatives, ("one_view", "two_views"))
     compare = _both_directions if negatives == "one_view" else contrastive_logits
     logits, positive = compare(z, temperature, normalize)
     column = positive[:, None]
     return logits.gather(1, column).squeeze(1), logits.scatter(1, column, -math.inf)
 
-
+# %% ../../nbs/loss/03_alternatives.ipynb #c604360c
 def _mine(
     positive: Tensor,  # Similarity to the positive, `(2N,)`
     negative: Tensor,  # Similarity to each negative, `(2N, M)`; -inf where there is none
@@ -80,7 +72,7 @@ def _mine(
     fallback: str,  # "skip" or "easiest" where no negative is in the band
 ) -> Tensor:  # All negatives `(2N, M)`, or the one chosen `(2N, 1)`; -inf where there is none
     "The negatives to learn from; raises `ValueError` for an unknown fallback."
-    _check_choice("fallback", fallback, "skip", "easiest")
+    check_choice("fallback", fallback, ("skip", "easiest"))
     if not semi_hard: return negative
     top = positive[:, None]
     band = (negative < top) & (negative > top - margin)
@@ -89,16 +81,16 @@ def _mine(
     easiest = negative.where(negative > -math.inf, math.inf).min(1, keepdim=True).values
     return chosen.where(chosen > -math.inf, easiest)
 
-
+# %% ../../nbs/loss/03_alternatives.ipynb #e13e2381
 def _over_negatives(
     terms: Tensor,  # One per negative, `(2N, M)`; 0 where there is none
     negative: Tensor,  # Their similarities, `(2N, M)`; -inf where there is none
-    reduce: str,  # "mean" or "sum"
+    reduction: str,  # "mean" or "sum"
 ) -> Tensor:  # `(2N,)`
-    "Mean or sum over the negatives; 0 without any."
-    _check_choice("reduce_negatives", reduce, "mean", "sum")
-    count = (negative > -math.inf).sum(1).clamp(min=1) if reduce == "mean" else 1
-    return terms.sum(1) / count
+    "Mean or sum over the negatives; 0 without any; raises `ValueError` for other reductions."
+    check_choice("reduction of negatives", reduction, ("mean", "sum"))
+    if reduction == "sum": return terms.sum(1)
+    return terms.sum(1) / (negative > -math.inf).sum(1).clamp(min=1)
 
 # %% ../../nbs/loss/03_alternatives.ipynb #affe15e0
 def nt_logistic(
@@ -186,12 +178,13 @@ class ContrastiveLoss(nn.Module):
         **options,  # Of the loss: `temperature`, `margin`, `semi_hard`, `sigma`, ...
     ):
         super().__init__()
-        if name not in LOSSES:
-            raise ValueError(f"no loss {name!r}: choose from {', '.join(LOSSES)}")
+        check_choice("loss", name, LOSSES)
         LOSSES[name](torch.eye(2, device="cpu").repeat(2, 1), reduction=reduction, **options)
-        own = signature(LOSSES[name]).parameters.values()
-        defaults = {p.name: p.default for p in own if p.name not in ("z", "reduction")}
-        self.name, self.reduction, self.options = name, reduction, defaults | options
+        arguments = signature(LOSSES[name]).parameters.values()
+        defaults = {a.name: a.default for a in arguments if a.name not in ("z", "reduction")}
+        self.name = name
+        self.reduction = reduction
+        self.options = defaults | options
 
     @property
     def temperature(self) -> float | None:  # None for a loss without a temperature
@@ -208,6 +201,8 @@ class ContrastiveLoss(nn.Module):
         loss = LOSSES[self.name](z, reduction=self.reduction, **self.options)
         return loss.view(2, -1).mean(0) if self.reduction == "none" else loss
 
-    def extra_repr(self) -> str:
-        "Name and options, for `print`."
-        return ", ".join([self.name, *(f"{k}={v!r}" for k, v in self.options.items())])
+# %% ../../nbs/loss/03_alternatives.ipynb #20375102
+@patch
+def extra_repr(self: ContrastiveLoss) -> str:
+    "Name and options, for `print`."
+    return ", ".join([self.name, *(f"{k}={v!r}" for k, v in self.options.items())])

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..model.amdim import Scales, split_scales
+from ..core.choices import check_choice
 from ..core.gather import gather_views
-from ..model.head import Projection
-from .contrastive import _widen
 from ..core.processes import rank
+from .projections import widen
+from ..model.amdim import Scales, split_scales
+from ..model.head import Projection
 
 # %% ../../nbs/loss/04_amdim.ipynb #7eb6cf58
 def nce_scores(
@@ -27,7 +29,7 @@ def nce_scores(
     if sources.ndim != 2 or targets.ndim != 3 or sources.shape[1] != targets.shape[1]:
         shapes = f"{tuple(sources.shape)}, {tuple(targets.shape)}"
         raise ValueError(f"expected sources (M, r) and targets (N, r, L), got {shapes}")
-    return _widen(sources @ targets).transpose(0, 1) / sources.shape[1] ** 0.5
+    return widen(sources @ targets).transpose(0, 1) / sources.shape[1] ** 0.5
 
 # %% ../../nbs/loss/04_amdim.ipynb #a1437e59
 def soft_clip(
@@ -55,7 +57,8 @@ def nce_term(
     penalty: float = 0.05,  # Weight of the mean squared score before the clip, >= 0
 ) -> NCE:
     "NCE of one direction (AMDIM section 3.4); raises `ValueError`, also without other images."
-    raw, rows = nce_scores(sources, targets), torch.arange(len(sources), device=sources.device)
+    raw = nce_scores(sources, targets)
+    rows = torch.arange(len(sources), device=sources.device)
     if len(targets) < 2: raise ValueError(f"expected at least 2 images, got {len(targets)}")
     if penalty < 0: raise ValueError(f"penalty must be at least 0, got {penalty}")
     images = rows if images is None else images
@@ -85,9 +88,25 @@ def _local_sources(r5: Tensor, images: Tensor, position: Tensor | None) -> tuple
 
 
 def _check_terms(terms: Sequence[str]) -> None:
-    "Refuse unknown terms, and none."
-    if not terms or set(terms) - set(TERMS):
-        raise ValueError(f"terms must be some of {', '.join(TERMS)}, got {terms!r}")
+    "Raise `ValueError` for unknown terms, and for none."
+    if not terms: raise ValueError(f"expected some of the terms {', '.join(TERMS)}, got none")
+    for term in terms: check_choice("term", term, TERMS)
+
+# %% ../../nbs/loss/04_amdim.ipynb #6fcc0952
+def _compare(
+    term: str,  # Name in `TERMS`
+    view: Scales,  # The view that serves as source
+    target: Scales,  # The other view of all images
+    position: Tensor | None,  # Of the 5 x 5 sources; None: all
+    images: Tensor,  # Image of each row of `view`
+    clip: float | None,  # Soft clip of the scores
+    penalty: float,  # Weight of the squared scores
+) -> NCE:
+    "One term in one direction."
+    sources = view.r1
+    if term == "5t5": sources, images = _local_sources(view.r5, images, position)
+    targets = target.r7 if term == "1t7" else target.r5
+    return nce_term(sources, targets, images, clip, penalty)
 
 # %% ../../nbs/loss/04_amdim.ipynb #59d23801
 def amdim_loss(
@@ -101,25 +120,23 @@ def amdim_loss(
     penalty: float = 0.05,  # Weight of the squared scores
     terms: Sequence[str] = TERMS,  # Names of `TERMS`
 ) -> AMDIMTerms:
-    "Multi-scale loss of two views; without `positions` all 25 are sources; or `ValueError`."
+    "Multi-scale loss of two views; without `positions` all 25 are sources; raises `ValueError`."
     _check_terms(terms)
-    all_a, all_b = all_a or a, all_b or b
     images = torch.arange(first, first + len(a.r1), device=a.r1.device)
-    found = {term: [] for term in TERMS}
-    for view, target, position in zip((a, b), (all_b, all_a), positions or (None, None)):
+    comparisons = {term: [] for term in TERMS}
+    directions = zip((a, b), (all_b or b, all_a or a), positions or (None, None))
+    for view, target, position in directions:
         for term in terms:
-            sources, rows = view.r1, images
-            if term == "5t5": sources, rows = _local_sources(view.r5, images, position)
-            targets = target.r7 if term == "1t7" else target.r5
-            found[term].append(nce_term(sources, targets, rows, clip, penalty))
+            nce = _compare(term, view, target, position, images, clip, penalty)
+            comparisons[term].append(nce)
     zero = a.r1.new_zeros((), dtype=torch.promote_types(a.r1.dtype, torch.float32))
-    halves = [sum((nce.loss for nce in found[term]), zero) / 2 for term in TERMS]
-    penalties = (nce.penalty for term in terms for nce in found[term])
+    halves = [sum((nce.loss for nce in comparisons[term]), zero) / 2 for term in TERMS]
+    penalties = (nce.penalty for term in terms for nce in comparisons[term])
     return AMDIMTerms(*halves, sum(penalties, zero) / 2)
 
 # %% ../../nbs/loss/04_amdim.ipynb #697b3c74
 class AMDIMLoss(nn.Module):
-    "AMDIM's loss of a model's output, over the images of all processes; or `ValueError`."
+    "AMDIM's loss of a model's output, over the images of all processes; raises `ValueError`."
 
     over_ranks = True  # it gathers by itself
 
@@ -134,7 +151,10 @@ class AMDIMLoss(nn.Module):
         _check_terms(terms)
         soft_clip(torch.zeros(1), clip)
         if penalty < 0: raise ValueError(f"penalty must be at least 0, got {penalty}")
-        self.clip, self.penalty, self.terms, self.sampled = clip, penalty, tuple(terms), sampled
+        self.clip = clip
+        self.penalty = penalty
+        self.terms = tuple(terms)
+        self.sampled = sampled
 
     def forward(
         self,
@@ -145,23 +165,30 @@ class AMDIMLoss(nn.Module):
         "Loss of this process's sources."
         return sum(self.parts(out, positions))
 
-    def parts(
-        self,
-        out: Projection,  # Output of `AMDIM`
-        positions: tuple[Tensor, Tensor] | None = None,  # Of the sources; drawn by default
-    ) -> AMDIMTerms:
-        "The loss, term by term."
-        rows, _ = gather_views(out.z)
-        n, first = len(out.z) // 2, rank() * (len(out.z) // 2)
-        everyone = [split_scales(view) for view in rows.chunk(2)]
-        own = [Scales(*(r[first:first + n] for r in view)) for view in everyone]
-        if positions is None and self.sampled:
-            positions = tuple(torch.randint(25, (2, n), device=out.z.device))
-        return amdim_loss(*own, positions, *everyone, first, self.clip, self.penalty, self.terms)
+# %% ../../nbs/loss/04_amdim.ipynb #71933d22
+@patch
+def parts(
+    self: AMDIMLoss,
+    out: Projection,  # Output of `AMDIM`
+    positions: tuple[Tensor, Tensor] | None = None,  # Of the sources; drawn by default
+) -> AMDIMTerms:
+    "The loss, term by term."
+    rows, _ = gather_views(out.z)
+    n = len(out.z) // 2
+    first = rank() * n
+    all_a, all_b = (split_scales(view) for view in rows.chunk(2))
+    a, b = (Scales(*(r[first:first + n] for r in view)) for view in (all_a, all_b))
+    if positions is None and self.sampled:
+        positions = tuple(torch.randint(25, (2, n), device=out.z.device))
+    settings = self.clip, self.penalty, self.terms
+    return amdim_loss(a, b, positions, all_a, all_b, first, *settings)
 
-    def extra_repr(self):
-        sources = "one 5 x 5 source" if self.sampled else "all 5 x 5 sources"
-        return f"clip {self.clip}, penalty {self.penalty}, {' '.join(self.terms)}, {sources}"
+# %% ../../nbs/loss/04_amdim.ipynb #d8cbfda4
+@patch
+def extra_repr(self: AMDIMLoss) -> str:
+    "Options, for `print`."
+    sources = "one 5 x 5 source" if self.sampled else "all 5 x 5 sources"
+    return f"clip {self.clip}, penalty {self.penalty}, {' '.join(self.terms)}, {sources}"
 
 # %% ../../nbs/loss/04_amdim.ipynb #265e0124
 def nce_top1(
@@ -170,5 +197,5 @@ def nce_top1(
 ) -> Tensor:  # Scalar in [0, 1]
     "Share of first views that find their own second view by its 7 x 7 features; of all processes."
     a, b = map(split_scales, gather_views(out.z)[0].chunk(2))
-    found = nce_scores(a.r1, b.r7).mean(2).argmax(1)
-    return (found == torch.arange(len(found), device=found.device)).float().mean()
+    nearest = nce_scores(a.r1, b.r7).mean(2).argmax(1)
+    return (nearest == torch.arange(len(nearest), device=nearest.device)).float().mean()

@@ -161,7 +161,8 @@ class _TiledLoss(torch.autograd.Function):
     def forward(ctx, v, partner, tile, narrow):
         top, total, positive = _row_sums(v, partner, tile, narrow)
         ctx.save_for_backward(v, partner, top, total)
-        ctx.tile, ctx.narrow = tile, narrow
+        ctx.tile = tile
+        ctx.narrow = narrow
         return top - positive + total.log2()
 
     @staticmethod
@@ -246,8 +247,10 @@ class NTXent(nn.Module):
     ):
         super().__init__()
         check_temperature(temperature)
-        self.temperature, self.normalize = temperature, normalize
-        self.reduction, self.tiled = reduction, tiled
+        self.temperature = temperature
+        self.normalize = normalize
+        self.reduction = reduction
+        self.tiled = tiled
 
     def forward(
         self,

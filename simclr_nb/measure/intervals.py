@@ -18,7 +18,8 @@ def wilson_interval(
     correct: Tensor,  # Whether each answer was right, `(n,)`, bool
 ) -> tuple[float, float, float]:  # Share of right answers, lower and upper end, each 0 to 1
     "Share of right answers among independent trials, with its 95% interval (Wilson 1927)."
-    n_correct, n = int(correct.sum()), len(correct)
+    n = len(correct)
+    n_correct = int(correct.sum())
     ends = binomtest(n_correct, n).proportion_ci(0.95, method="wilson")
     return n_correct / n, float(ends.low), float(ends.high)
 

@@ -33,9 +33,9 @@ def top_k_correct(
     _check_scores(scores, y)
     if not 1 <= k <= scores.shape[-1]:
         raise ValueError(f"k must be 1 to {scores.shape[-1]} classes, got {k}")
-    own = scores.gather(-1, y[..., None])
+    target = scores.gather(-1, y[..., None])
     lower = torch.arange(scores.shape[-1], device=y.device) < y[..., None]
-    return ((scores > own) | (scores == own) & lower).sum(-1) < k
+    return ((scores > target) | (scores == target) & lower).sum(-1) < k
 
 # %% ../../nbs/measure/04_metrics.ipynb #cdbc1c7d
 def top_k_accuracy(
@@ -102,9 +102,9 @@ def average_precision_11(
 ) -> Tensor:  # Scalar, or `(S,)` with NaN for a row without a positive image; float64, 0 to 1
     "11-point average precision of PASCAL VOC 2007; raises `ValueError` without a positive image."
     _check_ap(scores, labels, ignore)
-    found = _ap_11(scores, labels, ignore)
-    if found.isnan().all(): raise ValueError("average precision needs a positive image; got none")
-    return found
+    precision = _ap_11(scores, labels, ignore)
+    if precision.isnan().all(): raise ValueError("average precision needs a positive image; got none")
+    return precision
 
 # %% ../../nbs/measure/04_metrics.ipynb #f199a6e6
 def mean_average_precision_11(

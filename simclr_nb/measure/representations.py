@@ -22,7 +22,8 @@ def represent(
     progress: bool = False,  # Show a progress bar with ETA
 ) -> tuple[Tensor, Tensor]:  # `h (n, D)`, float32, and labels `(n,)`, on the CPU
     "Representations and labels of all images; leaves the encoder bit-identical."
-    device, layout = next(encoder.parameters()).device, memory_format_for(encoder)
+    device = next(encoder.parameters()).device
+    layout = memory_format_for(encoder)
     hs, ys = [], []
     with evaluating(encoder):
         for x, y in progress_bar(loader, leave=False) if progress else loader:

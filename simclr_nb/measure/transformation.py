@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.choices import check_choice
-from ..views.color import grayscale
 from .intervals import Accuracy
 from ..model.inputs import evaluating
+from ..views.color import grayscale
 from ..views.distort import gaussian_noise, rotate90, sobel
 
 # %% ../../nbs/measure/07_transformation.ipynb #18532131
@@ -62,9 +62,8 @@ def _features(features: dict, images: Tensor, labels: Tensor, question: Transfor
     with ExitStack() as stack:
         for f in features.values():
             if isinstance(f, nn.Module): stack.enter_context(evaluating(f))
-        for some, classes in zip(images.split(chunk), labels.split(chunk), strict=True):
-            some = some / 255 if some.dtype == torch.uint8 else some.float()
-            x = question(some, classes)
+        for x, classes in zip(images.split(chunk), labels.split(chunk), strict=True):
+            x = question(x / 255 if x.dtype == torch.uint8 else x.float(), classes)
             for name, f in features.items(): outputs[name].append(f(x).float().flatten(1).cpu())
     return {name: torch.cat(parts) for name, parts in outputs.items()}
 
@@ -143,7 +142,8 @@ def accuracy_gain(
     a, b = first.correct, second.correct
     if a.shape != b.shape:
         raise ValueError(f"expected answers about the same images, got {len(a)} and {len(b)}")
-    n, gained, lost = len(a), int((a & ~b).sum()), int((b & ~a).sum())
+    n = len(a)
+    gained, lost = int((a & ~b).sum()), int((b & ~a).sum())
     d = (gained - lost) / (n + 2)
     half = 1.959964 * ((gained + lost + 1 - (gained - lost) ** 2 / (n + 2)) ** 0.5) / (n + 2)
     return (gained - lost) / n, max(d - half, -1.0), min(d + half, 1.0)

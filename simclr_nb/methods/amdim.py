@@ -18,11 +18,18 @@ from ..views.policy import Policy
 from ..views.two_views import TwoViews
 from ..train.callbacks import ScheduleCallback
 from ..model.encoder import create_encoder
-from ..learner import CURVES, SimCLRLearner, _fit, _policy, contrastive_learner
+from simclr_nb.learner import (
+    CURVES,
+    SimCLRLearner,
+    check_options,
+    contrastive_learner,
+    policy_for,
+)
 from ..loss.amdim import TERMS, AMDIMLoss, nce_top1
 from ..train.optim import warmup_milestones
 from ..core.processes import join_processes
 from fastai.data.core import DataLoaders
+from fastcore.meta import delegates
 
 # %% ../../nbs/methods/01_amdim.ipynb #5a3e8a82
 class AMDIMLearner(SimCLRLearner):
@@ -43,9 +50,9 @@ class AMDIMLearner(SimCLRLearner):
     ) -> None:
         "Pretrain with AMDIM's schedule; raises `ValueError` for impossible settings."
         if lr <= 0: raise ValueError(f"lr must be above 0, got {lr}")
-        schedule = partial(warmup_milestones, milestones=tuple(milestones), factor=factor)
-        schedule = ScheduleCallback(lr, epochs / 10, warmup_steps, schedule)
-        _fit(self, epochs, schedule, cbs, checkpoints, resume)
+        drops = partial(warmup_milestones, milestones=tuple(milestones), factor=factor)
+        schedule = ScheduleCallback(lr, epochs / 10, warmup_steps, drops)
+        self.fit_schedule(epochs, schedule, cbs, checkpoints, resume)
 
 # %% ../../nbs/methods/01_amdim.ipynb #0ad69e31
 def amdim_encoder(
@@ -60,6 +67,7 @@ def amdim_encoder(
     return create_encoder(arch, size=size, **options)
 
 # %% ../../nbs/methods/01_amdim.ipynb #cb0ff035
+@delegates(contrastive_learner, but="metric, kind")
 def amdim_learner(
     dls: DataLoaders,  # From `simclr_dls`, of size 32, 64 or 128
     arch: str | nn.Module = "amdim/32-256-2",  # "amdim/NDF-RKHS-DEPTH", or an `AMDIMEncoder`
@@ -73,18 +81,14 @@ def amdim_learner(
     policy: Policy | None = None,  # Augmentation; that of `dls` by default
     weight_decay: float = 1e-5,  # Added to the gradient of all parameters
     betas: tuple[float, float] = (0.8, 0.999),  # Of Adam's averages
-    precision: str = "auto",  # "bf16", "fp16", "fp32", or as suits the device
-    micro_batch: int | None = None,  # Images whose activations are held at a time; all by default
-    compiled: bool = False,  # Compile encoder and views by `torch.compile`
-    **kwargs,  # For fastai's `Learner`: `opt_func`, `cbs`, `path`, ...
-) -> AMDIMLearner:
+    **kwargs,  # Options of `contrastive_learner`, and of fastai's `Learner`: `path`, `wd`, ...
+) -> AMDIMLearner:  # Ready for `pretrain`
     "Learner that pretrains by AMDIM (Bachman et al., 2019); raises `ValueError` or `TypeError`."
+    check_options(amdim_learner, kwargs)
     join_processes()
-    policy = _policy(dls, policy)
+    policy = policy_for(dls, policy)
     encoder = amdim_encoder(arch, policy.size, use_bn=use_bn, zero_init_last=zero_init_last)
     model = AMDIM(encoder, zero_init_last, near_identity)
-    loss = AMDIMLoss(clip, penalty, terms, sampled)
     adam = partial(Adam, weight_decay=weight_decay, betas=betas)
-    options = dict(precision=precision, micro_batch=micro_batch, compiled=compiled, **kwargs)
-    return contrastive_learner(dls, model, loss, TwoViews(policy), adam, nce_top1,
-                               kind=AMDIMLearner, **options)
+    parts = model, AMDIMLoss(clip, penalty, terms, sampled), TwoViews(policy), adam
+    return contrastive_learner(dls, *parts, nce_top1, AMDIMLearner, **kwargs)

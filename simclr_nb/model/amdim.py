@@ -45,7 +45,8 @@ class ResidualUnit(nn.Module):
         x: Tensor,  # `(N, dim, H, W)`
     ) -> Tensor:  # `(N, out_dim, H', W')`
         "Branch plus pooled input; the channels that the input has not are those of the branch."
-        branch, shortcut = self.conv2(F.relu(self.bn(self.conv1(x)))), self.pool(x)
+        branch = self.conv2(F.relu(self.bn(self.conv1(x))))
+        shortcut = self.pool(x)
         return torch.cat([branch[:, :x.shape[1]] + shortcut, branch[:, x.shape[1]:]], 1)
 
 # %% ../../nbs/model/05_amdim.ipynb #e3632d46
@@ -168,7 +169,8 @@ def receptive_fields(
     for side, part in parts:
         for layer in part.modules():
             if not isinstance(layer, nn.Conv2d): continue
-            seen, step = seen + (layer.kernel_size[0] - 1) * step, step * layer.stride[0]
+            seen += (layer.kernel_size[0] - 1) * step
+            step *= layer.stride[0]
         fields[side] = seen, step
     return fields
 

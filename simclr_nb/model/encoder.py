@@ -41,7 +41,7 @@ def create_encoder(
     **kwargs,  # Ours: further options of `ResNet`; others: `weights`, those of `adapt_encoder`, ...
 ) -> nn.Module:  # Encoder with attributes `out_dim` and `config`
     "Encoder by name; raises `ValueError` that lists what is allowed, `ImportError` without timm."
-    if "/" not in arch: return resnet_encoder(arch, width=width, stem=stem, **kwargs)
+    if "/" not in arch: return FAMILIES["resnet"](arch, width=width, stem=stem, **kwargs)
     if (width, stem) != (1.0, "imagenet"):
         raise ValueError(f"{arch!r} has no options width and stem, got {width} and {stem!r}")
     family, name = arch.split("/", 1)
@@ -72,10 +72,11 @@ def save_encoder(
         name = type(encoder).__name__
         raise TypeError(f"{name} has no `config` to rebuild it from; make it with create_encoder,"
                         " or save its state_dict")
-    try: about = json.dumps(dict(config=encoder.config, version=__version__, metadata=metadata))
+    fields = dict(config=encoder.config, version=__version__, metadata=metadata)
+    try: description = json.dumps(fields)
     except TypeError as e: raise TypeError(f"metadata must fit into JSON: {e}") from None
     state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
-    return write_atomic(path, save(state, metadata={"simclr_nb": about}))
+    return write_atomic(path, save(state, metadata={"simclr_nb": description}))
 
 # %% ../../nbs/model/06_encoder.ipynb #2a248843
 def _read_safetensors(path: Path) -> tuple:
@@ -83,12 +84,13 @@ def _read_safetensors(path: Path) -> tuple:
     if not path.is_file(): raise FileNotFoundError(f"no encoder file {str(path)!r}")
     try:
         with safe_open(path, framework="pt") as file:
-            about, state = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
+            header = file.metadata() or {}
+            state = {k: file.get_tensor(k) for k in file.keys()}
     except SafetensorError as e:
         raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {e}") from None
-    if "simclr_nb" not in about:
+    if "simclr_nb" not in header:
         raise ValueError(f"{str(path)!r} was not written by save_encoder; it cannot be rebuilt")
-    return state, json.loads(about["simclr_nb"])
+    return state, json.loads(header["simclr_nb"])
 
 # %% ../../nbs/model/06_encoder.ipynb #84c5a5b9
 def load_encoder(
@@ -96,14 +98,14 @@ def load_encoder(
     device: str | torch.device = "cpu",  # Where the encoder goes
 ) -> nn.Module:  # Encoder in evaluation mode; `config` and `metadata` say what it is
     "Load an encoder; raises `FileNotFoundError`, `ValueError` for a bad file, or `ImportError`."
-    state, about = _read_safetensors(Path(path))
+    state, description = _read_safetensors(Path(path))
     try:
-        config = {k: v for k, v in about["config"].items() if k != "weights"}
+        config = {k: v for k, v in description["config"].items() if k != "weights"}
         library = "/" in config.get("arch", "")
         with torch.random.fork_rng(devices=[]), torch.device("cpu" if library else "meta"):
             encoder = create_encoder(**config)
         encoder.load_state_dict(state, assign=True)
     except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{str(path)!r} does not fit {about.get('config')}: {e}") from None
-    encoder.metadata = {**about["metadata"], "version": about["version"]}
+        raise ValueError(f"{str(path)!r} does not fit {description.get('config')}: {e}") from None
+    encoder.metadata = {**description["metadata"], "version": description["version"]}
     return encoder.to(device).eval()

@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..parallel.norm import batch_norms
+from ..core.choices import check_choice
 from ..model.encoder import create_encoder
-from ..model.resnet import encoder_stem
 from ..model.head import SimCLR, projection_head
+from ..model.resnet import encoder_stem
+from ..parallel.norm import batch_norms
 
 # %% ../../nbs/plan/01_cost.ipynb #f945a169
 class Op(NamedTuple):
@@ -40,9 +41,6 @@ class Op(NamedTuple):
     channels: int = 0  # Of a convolution the smaller number of them; of a stem those it makes
 
 # %% ../../nbs/plan/01_cost.ipynb #80e94933
-_AMOUNTS = "flops", "traffic", "new", "grown"
-
-
 def _tensors(tree) -> list[Tensor]:
     "Tensors in nested arguments."
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
@@ -53,6 +51,12 @@ def _traffic(tensors: list[Tensor]) -> int:
     return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
 
 
+def _moved(name: str, read: list[Tensor], written: list[Tensor]) -> int:
+    "Bytes that an operation reads and writes; BatchNorm reads its input twice."
+    if name.startswith("empty"): return 0
+    return (2 if "batch_norm" in name else 1) * _traffic(read) + _traffic(written)
+
+
 def _kind(name: str, args: tuple, flops: int) -> dict:
     "Kind of an operation, and channels of a convolution."
     if not name.startswith("convolution"):
@@ -61,41 +65,58 @@ def _kind(name: str, args: tuple, flops: int) -> dict:
     if inner <= 4: return dict(kind="stem3" if kernel < 5 else "stem7", channels=out)
     return dict(kind="conv1" if kernel == 1 else "conv3", channels=min(out, inner))
 
+# %% ../../nbs/plan/01_cost.ipynb #a418c6e4
+class _Memory:
+    "Bytes of memory that tensors hold, now and at most."
 
+    def __init__(self):
+        self.live = set()
+        self.held = 0
+        self.peak = 0
+
+    def keep(self, storage) -> int:
+        "Count memory until Python lets it go; gives its bytes at its first appearance, then 0."
+        if id(storage) in self.live: return 0
+        self.live.add(id(storage))
+        size = storage.nbytes()
+        weakref.finalize(storage, self.drop, id(storage), size)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+        return size
+
+    def drop(self, key: int, size: int) -> None:
+        "Cross memory off."
+        self.live.discard(key)
+        self.held -= size
+
+# %% ../../nbs/plan/01_cost.ipynb #fb590f96
 class _Listener(TorchDispatchMode):
     "Notes each operation, and the memory held."
 
     def __init__(self):
         super().__init__()
-        self.ops, self.live, self.held, self.peak, self.backward = [], set(), 0, 0, False
+        self.ops = []
+        self.memory = _Memory()
+        self.backward = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out, before = func(*args, **(kwargs or {})), self.peak
-        new = sum(self._keep(t.untyped_storage()) for t in _tensors(out))
-        if func.is_view or not _tensors(out): return out
-        packet, name = func._overloadpacket, func._overloadpacket.__name__
-        count = flop_registry.get(packet)
-        flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
-        read, passes = _traffic(_tensors((args, kwargs))), 2 if "batch_norm" in name else 1
-        moved = 0 if name.startswith("empty") else passes * read + _traffic(_tensors(out))
-        amounts = flops, moved, new, self.peak - before
+        kwargs = kwargs or {}
+        before = self.memory.peak
+        out = func(*args, **kwargs)
+        made = _tensors(out)
+        new = sum(self.memory.keep(t.untyped_storage()) for t in made)
+        if func.is_view or not made: return out
+        name = func._overloadpacket.__name__
+        count = flop_registry.get(func._overloadpacket)
+        flops = count(*args, **kwargs, out_val=out) if count else 0
+        amounts = flops, _moved(name, _tensors((args, kwargs)), made), new, self.memory.peak - before
         self.ops.append(Op(name, self.backward, *amounts, **_kind(name, args, flops)))
         return out
 
-    def _keep(self, storage) -> int:
-        if id(storage) in self.live: return 0
-        self.live.add(id(storage))
-        size = storage.nbytes()
-        weakref.finalize(storage, self._drop, id(storage), size)
-        self.held += size
-        self.peak = max(self.peak, self.held)
-        return size
-
-    def _drop(self, key: int, size: int) -> None:
-        self.live.discard(key)
-        self.held -= size
-
 # %% ../../nbs/plan/01_cost.ipynb #f80e347a
+_AMOUNTS = "flops", "traffic", "new", "grown"
+
+# %% ../../nbs/plan/01_cost.ipynb #e8ac779d
 def count_ops(
     work: Callable,  # Called once, with the images
     x: Tensor,  # Images, `(N, ...)`
@@ -128,9 +149,10 @@ PRECISIONS = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 # %% ../../nbs/plan/01_cost.ipynb #473436d9
 def _listen(model: SimCLR, size: int, views: int, dtype: torch.dtype) -> tuple:
-    "Operations, bytes saved, most bytes held, and projections of a forward and backward pass."
-    x, saved = torch.empty(views, 3, size, size, device="meta", dtype=dtype), {}
+    "Operations, bytes saved, most bytes held, and widths of h and z of a step."
+    x = torch.empty(views, 3, size, size, device="meta", dtype=dtype)
     known = {t.untyped_storage()._cdata for t in (x, *model.parameters())}
+    saved = {}
 
     def note(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
@@ -139,12 +161,12 @@ def _listen(model: SimCLR, size: int, views: int, dtype: torch.dtype) -> tuple:
 
     with _Listener() as listener:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): h, z = model(x)
-        kept, shapes = sum(s.nbytes() for s in saved.values()), (h.shape[1], z.shape[1])
+        kept = sum(s.nbytes() for s in saved.values())
         saved.clear()
         listener.backward = True
         z.backward(torch.empty_like(z))
     model.zero_grad()
-    return listener.ops, kept, listener.peak, shapes
+    return listener.ops, kept, listener.memory.peak, (h.shape[1], z.shape[1])
 
 # %% ../../nbs/plan/01_cost.ipynb #40b23ec1
 def count_step(
@@ -153,18 +175,18 @@ def count_step(
     precision: str = "fp32",  # "fp32", "bf16" or "fp16" activations
 ) -> Count:
     "Operations and memory of a step, counted without computing; raises `ValueError`."
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}")
-    dtype, few, many = PRECISIONS[precision], 64, 128  # activations, not gradients, make the peak
+    check_choice("precision", precision, PRECISIONS)
+    dtype = PRECISIONS[precision]
     model = copy.deepcopy(model).to("meta", dtype).train()
-    (a, saved_a, peak_a, dims), (b, saved_b, peak_b, _) = (
-        _listen(model, size, views, dtype) for views in (few, many))
-    slopes = ({k: (getattr(q, k) - getattr(p, k)) / (many - few) for k in _AMOUNTS}
-              for p, q in zip(a, b, strict=True))
-    ops = [op._replace(**slope) for op, slope in zip(a, slopes)]
-    saved, peak = ((q - p) / (many - few) for p, q in ((saved_a, saved_b), (peak_a, peak_b)))
-    norms = [m.num_features for m in batch_norms(model)]
-    return Count(ops, saved, peak, sum(p.numel() for p in model.parameters()), norms, dims)
+    few, saved_few, peak_few, dims = _listen(model, size, 64, dtype)
+    many, saved_many, peak_many, _ = _listen(model, size, 128, dtype)
+    def slope(low, high): return (high - low) / (128 - 64)  # of one view
+    ops = [p._replace(**{k: slope(getattr(p, k), getattr(q, k)) for k in _AMOUNTS})
+           for p, q in zip(few, many, strict=True)]
+    saved = slope(saved_few, saved_many)
+    peak = slope(peak_few, peak_many)  # so many views that activations, not gradients, make it
+    params = sum(p.numel() for p in model.parameters())
+    return Count(ops, saved, peak, params, [m.num_features for m in batch_norms(model)], dims)
 
 # %% ../../nbs/plan/01_cost.ipynb #2fba4bd4
 @cache
@@ -193,18 +215,24 @@ def memory_parts(
     tile: int = 4096,  # Rows and columns of a tile of the tiled loss; 896 on a CPU
 ) -> dict[str, float]:  # Bytes on a device, by purpose; the sum is the peak
     "What fills the memory of a device during a step."
-    chunk, own, rows = 2 * min(micro_batch or batch, batch), 2 * batch, 2 * batch * devices
-    weights, pixels, (h, z) = 4 * count.params, 3 * size**2, count.dims
-    dense, tile = rows <= 512 if dense is None else dense, min(tile, rows)
-    copies = chunk * pixels * (2 * mixed + 4 * (chunk < own))
-    activations, extra = chunk * count.saved, chunk * (count.peak - count.saved)
+    chunk = 2 * min(micro_batch or batch, batch)  # views whose activations are held at a time
+    views = 2 * batch
+    rows = views * devices
+    weights = 4 * count.params
+    pixels = 3 * size**2
+    h, z = count.dims
+    copies = chunk * pixels * (2 * mixed + 4 * (chunk < views))
+    activations = chunk * count.saved
+    extra = chunk * (count.peak - count.saved)
+    if dense is None: dense = rows <= 512
+    similarities = 3 * views * rows if dense else 2 * min(tile, rows) ** 2
     return {
         "weights, gradients, momentum": (3 + mixed / 2) * weights,
-        "images and views": own * pixels * (0.5 + 4) + copies,
+        "images and views": views * pixels * (0.5 + 4) + copies,
         "activations": activations,
         "backward and optimiser": max(extra, 3 * weights - activations, 0),
-        "loss": 4 * (3 * own * rows if dense else 2 * tile**2) + 4 * 5 * rows * z,
-        "embeddings": 4 * own * (h + z)}
+        "loss": 4 * similarities + 4 * 5 * rows * z,
+        "embeddings": 4 * views * (h + z)}
 
 # %% ../../nbs/plan/01_cost.ipynb #5d9fb61d
 class Link(NamedTuple):
@@ -213,6 +241,7 @@ class Link(NamedTuple):
     bandwidth: float  # Bytes per second: inside a node of each device, between nodes of each node
     latency: float  # Seconds for a small message
 
+# %% ../../nbs/plan/01_cost.ipynb #9baa0f05
 LINKS = dict(
     # NVIDIA data sheets of V100, A100, H100 give both directions together: 300, 600, 900 GB/s
     nvlink2=Link(150e9, 5e-6), nvlink3=Link(300e9, 5e-6), nvlink4=Link(450e9, 5e-6),
@@ -228,7 +257,7 @@ LINKS = dict(
 # %% ../../nbs/plan/01_cost.ipynb #9e78b131
 LINK_USE = 0.7  # Share of a link's bandwidth that collectives reach, assumed
 
-
+# %% ../../nbs/plan/01_cost.ipynb #c16c3a09
 def collective_seconds(
     size: float,  # Bytes: of the tensor that is summed, or of all parts together
     passes: int,  # 2: all-reduce; 1: gather, or reduce and scatter
@@ -255,7 +284,8 @@ def communication(
     chunks: int = 1,  # Micro-batches in a step
 ) -> dict[str, float]:  # Seconds of "gradients", "embeddings", "statistics"
     "What a step says between devices, one after the other and nothing hidden."
-    world, place = nodes * per_node, (nodes, per_node, inside, between)
+    world = nodes * per_node
+    place = nodes, per_node, inside, between
     gathers = chunks * (1 + (chunks > 1))
     statistics = sum(
         gathers * collective_seconds(4 * world * (2 * channels + 1), 1, *place)

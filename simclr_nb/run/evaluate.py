@@ -9,7 +9,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PROTOCOLS', 'open_encoder', 'Evalua
 import hashlib
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..core.choices import check_choice
 from ..data import SimCLRDataLoaders, simclr_dls
 from ..transfer.datasets import TRANSFER_DATASETS, load_transfer
 from ..model.encoder import create_encoder, load_encoder
@@ -35,7 +36,8 @@ from ..transfer.transfer import finetune_transfer, linear_transfer
 from ..transfer.table import transfer_table
 
 # %% ../../nbs/run/03_evaluate.ipynb #01041ea8
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Of RGB in [0, 1]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # Of RGB in [0, 1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # %% ../../nbs/run/03_evaluate.ipynb #4c20bee5
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -52,7 +54,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not tensors: raise ValueError(f"{str(path)!r} holds no tensors")
     return tensors
 
-
+# %% ../../nbs/run/03_evaluate.ipynb #45ebeab9
 def _matching(state: dict[str, Tensor], wanted: list[str]) -> tuple[dict[str, Tensor], list[str]]:
     "The wanted tensors, by the longest common beginning that has all; names of what is left over."
     first = next(name for name in wanted if not name.endswith("num_batches_tracked"))
@@ -60,12 +62,13 @@ def _matching(state: dict[str, Tensor], wanted: list[str]) -> tuple[dict[str, Te
     gaps = {s: [n for n in wanted if s + n not in state and not n.endswith("num_batches_tracked")]
             for s in starts or {""}}
     start = min(gaps, key=lambda s: (len(gaps[s]), -len(s)))
-    if gap := gaps[start]:
+    gap = gaps[start]
+    if gap:
         has = ", ".join(list(state)[:3])
         raise ValueError(f"{len(gap)} of {len(wanted)} weights are missing, such as {gap[0]!r}; the"
                          f" file has {has}, ...: is it another architecture?")
-    found = {n: state[start + n] for n in wanted if start + n in state}
-    return found, sorted(set(state) - {start + n for n in wanted})
+    weights = {n: state[start + n] for n in wanted if start + n in state}
+    return weights, sorted(set(state) - {start + n for n in wanted})
 
 # %% ../../nbs/run/03_evaluate.ipynb #635dab33
 def open_encoder(
@@ -77,8 +80,7 @@ def open_encoder(
     "Encoder with the weights of a file; raises `FileNotFoundError` or `ValueError`."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no encoder file {str(path)!r}")
-    if normalize not in ("auto", "imagenet", "none"):
-        raise ValueError(f"normalize must be 'auto', 'imagenet' or 'none', got {normalize!r}")
+    check_choice("normalize", normalize, ["auto", "imagenet", "none"])
     if arch is None: return load_encoder(path)
     library = "/" in arch and not arch.startswith("amdim/")
     if normalize == "imagenet" and not library:
@@ -124,16 +126,13 @@ class EvaluationConfig:
     out: str | None = None  # Folder of the run, where a second call goes on; else under runs
 
 # %% ../../nbs/run/03_evaluate.ipynb #6ccb1891
-def _names(text: str, allowed, what: str) -> list[str]:
+def _names(text: str, allowed: Collection[str], what: str) -> list[str]:
     "Comma-separated names; raises `ValueError` for unknown ones."
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    unknown = [name for name in names if name not in allowed]
-    if unknown or not names:
-        raise ValueError(f"unknown {what} {', '.join(unknown) or repr(text)}: choose from"
-                         f" {', '.join(allowed)}")
+    for name in names or [text]: check_choice(what, name, allowed)
     return names
 
-
+# %% ../../nbs/run/03_evaluate.ipynb #405b209c
 def _fractions(text: str) -> list[float]:
     "Comma-separated shares; raises `ValueError` for anything else."
     try: shares = [float(share) for share in text.split(",")]
@@ -142,14 +141,13 @@ def _fractions(text: str) -> list[float]:
         raise ValueError(f"fractions must be shares in (0, 1] separated by commas, got {text!r}")
     return shares
 
-
+# %% ../../nbs/run/03_evaluate.ipynb #1c79d81b
 def _check(config: EvaluationConfig) -> None:
     "Refuse at once what would fail later."
     _names(config.protocol, PROTOCOLS, "protocol")
     if config.transfer != "all": _names(config.transfer, TRANSFER_DATASETS, "transfer data set")
     _fractions(config.fractions)
-    if config.budget not in BUDGETS:
-        raise ValueError(f"choose a budget from {', '.join(BUDGETS)}: got {config.budget!r}")
+    check_choice("budget", config.budget, BUDGETS)
     for name in ("bs", "epochs", "k", "n_train", "n_valid"):
         value = getattr(config, name)
         if value is not None and value < 1: raise ValueError(f"{name} must be >= 1, got {value}")
@@ -176,7 +174,7 @@ def _open_folder(config: EvaluationConfig) -> Path:
     write_atomic(path, text.encode())
     return folder
 
-
+# %% ../../nbs/run/03_evaluate.ipynb #99767119
 def _tasks(config: EvaluationConfig, encoder: nn.Module, folder: Path) -> dict[str, Callable]:
     "Name of each result to what computes it; data are read when first needed."
     name = Path(config.encoder).name
@@ -195,9 +193,9 @@ def _tasks(config: EvaluationConfig, encoder: nn.Module, folder: Path) -> dict[s
                                          augment=not config.cached, **common),
         finetune=lambda: finetune(encoder, dls(), epochs=config.epochs, **common))
     asked = _names(config.protocol, PROTOCOLS, "protocol")
-    found = {protocol: tasks[protocol] for protocol in asked if protocol in tasks}
-    if "semi" in asked: found |= _semi_tasks(config, encoder, dls, common)
-    return found | _transfer_tasks(config, encoder, folder, asked, name)
+    chosen = {protocol: tasks[protocol] for protocol in asked if protocol in tasks}
+    if "semi" in asked: chosen |= _semi_tasks(config, encoder, dls, common)
+    return chosen | _transfer_tasks(config, encoder, folder, asked, name)
 
 # %% ../../nbs/run/03_evaluate.ipynb #d041bf42
 def _semi_tasks(config: EvaluationConfig, encoder: nn.Module, dls: Callable, common: dict) -> dict:
@@ -215,14 +213,15 @@ def _semi_tasks(config: EvaluationConfig, encoder: nn.Module, dls: Callable, com
         return finetune(encoder, dls(), train_rows=rows, epochs=config.epochs, **common)
     return {f"semi-{Path(config.labels).stem}": listed}
 
-
+# %% ../../nbs/run/03_evaluate.ipynb #757e61d5
 def _transfer_tasks(config: EvaluationConfig, encoder: nn.Module, folder: Path, asked: list[str],
                     name: str) -> dict:
     "Each protocol of transfer on each data set."
     options = dict(size=config.size or 224, folder=folder, name=name,
                    num_workers=config.workers or 0)
-    tasks, sets = {}, list(TRANSFER_DATASETS)
+    sets = list(TRANSFER_DATASETS)
     if config.transfer != "all": sets = _names(config.transfer, TRANSFER_DATASETS, "data set")
+    tasks = {}
     for key in sets:
         def data(key=key): return load_transfer(key, config.root, seed=config.seed)
         if "transfer" in asked:
@@ -236,13 +235,14 @@ def _transfer_tasks(config: EvaluationConfig, encoder: nn.Module, folder: Path, 
 # %% ../../nbs/run/03_evaluate.ipynb #fda8450f
 def _write_report(folder: Path, config: EvaluationConfig, results: dict[str, Result]) -> None:
     "Write `report.html`: a page that opens offline."
-    name, parts = Path(config.encoder).name, {}
+    name = Path(config.encoder).name
     transfer = [r for r in results.values() if "dataset" in r.card]
-    own = {protocol: {name: (r.value, r.low, r.high)} for protocol, r in results.items()
-           if "dataset" not in r.card}
-    if own:
+    bars = {protocol: {name: (r.value, r.low, r.high)} for protocol, r in results.items()
+            if "dataset" not in r.card}
+    parts = {}
+    if bars:
         caption = f"Accuracy on test images of {config.data}, with 95% intervals."
-        parts[caption] = figure_html(plot_accuracies(own), caption)
+        parts[caption] = figure_html(plot_accuracies(bars), caption)
     if transfer:
         caption = "Transfer, beside what the paper found with a ResNet-50, in %."
         parts[caption] = f"<div>{transfer_table(transfer, html=True)}</div>"
@@ -270,11 +270,13 @@ def run_evaluation(
     _check(config)
     options = dict(size=config.size or 224) if "/" in (config.arch or "") else {}
     encoder = open_encoder(config.encoder, config.arch, config.normalize, **options)
-    folder, results = _open_folder(config), {}
+    folder = _open_folder(config)
     tasks = _tasks(config, encoder, folder)
+    results = {}
     for name, task in tasks.items():
         path = folder / f"{name}.json"
-        if known := path.is_file(): results[name] = load_result(path)
+        known = path.is_file()
+        if known: results[name] = load_result(path)
         else:
             print(f"{name} ...", flush=True)
             results[name] = task()

@@ -34,7 +34,7 @@ class Bound:
 
 # %% ../../nbs/theory/02_bounds.ipynb #10cf9e83
 def _check_scores(scores: Tensor, last: tuple[str, ...]) -> None:
-    "Refuse scores that are not finite floats `(..., K, K)` or `(..., B, B, L)`, K or B at least 2."
+    "Raise `ValueError` unless scores are finite, `(..., K, K)` or `(..., B, B, L)`, K or B >= 2."
     shape = f"(..., {', '.join(last)})"
     if scores.ndim < len(last) or not scores.numel():
         raise ValueError(f"expected scores {shape}, got {tuple(scores.shape)}")
@@ -68,9 +68,11 @@ def gaussian_critic(
         raise ValueError(f"correlations lie in [0, 1), got {rho.min()} to {rho.max()}")
     if not z1.shape[-1] == z2.shape[-1] == len(rho):
         raise ValueError(f"{len(rho)} correlations, {z1.shape[-1]} and {z2.shape[-1]} coordinates")
-    z1, z2, spare = z1.double(), z2.double(), 1 - rho.square()
-    own1, own2 = (z.square() @ (rho.square() / spare) / 2 for z in (z1, z2))
-    return (z1 * rho / spare) @ z2.mT - own1[..., None] - own2[..., None, :] - spare.log().sum() / 2
+    z1, z2 = z1.double(), z2.double()
+    spare = 1 - rho.square()
+    square1, square2 = (z.square() @ (rho.square() / spare) / 2 for z in (z1, z2))
+    product = (z1 * rho / spare) @ z2.mT
+    return product - square1[..., None] - square2[..., None, :] - spare.log().sum() / 2
 
 # %% ../../nbs/theory/02_bounds.ipynb #b465a276
 def _location_scores(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +87,8 @@ def nominal_bound(
 ) -> Bound:  # Not rigorous for more than one location
     "AMDIM's reading of its loss, log((B - 1) L + 1) - loss; raises `ValueError`."
     scores, positive = _location_scores(scores)
-    own = torch.eye(scores.shape[-2], dtype=torch.bool, device=scores.device)[..., None]
-    negatives = scores.masked_fill(own, -math.inf).flatten(-2).logsumexp(-1)[..., None]
+    same_image = torch.eye(scores.shape[-2], dtype=torch.bool, device=scores.device)[..., None]
+    negatives = scores.masked_fill(same_image, -math.inf).flatten(-2).logsumexp(-1)[..., None]
     loss = (torch.logaddexp(positive, negatives) - positive).mean().item()
     ceiling = math.log((scores.shape[-2] - 1) * scores.shape[-1] + 1)
     return Bound(ceiling - loss, ceiling, rigorous=scores.shape[-1] == 1)

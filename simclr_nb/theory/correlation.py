@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/theory/01_correlation.ipynb #a9ca8c48
@@ -27,7 +28,8 @@ def _as_view(x: Tensor, name: str) -> Tensor:
     "Features as float64 `(n, d)`; raises `ValueError` for another shape or a value not finite."
     if x.ndim != 2 or not x.shape[1]:
         raise ValueError(f"{name}: expected features (n, d), got {tuple(x.shape)}")
-    x, bad = x.detach().double(), (~x.isfinite()).any(1).nonzero()[:, 0]
+    x = x.detach().double()
+    bad = (~x.isfinite()).any(1).nonzero()[:, 0]
     if len(bad): raise ValueError(f"{name}: {len(bad)} rows hold NaN or infinity, as row {bad[0]}")
     return x
 
@@ -43,7 +45,7 @@ def _inverse_root(covariance: Tensor, reg: float, name: str) -> Tensor:
                          f"dependent features, too few rows): give reg > 0, not {reg}")
     return vectors / values.sqrt() @ vectors.T
 
-
+# %% ../../nbs/theory/01_correlation.ipynb #a5c70de2
 def _directions(s11: Tensor, s22: Tensor, s12: Tensor, reg: float = 0.0) -> tuple:
     "Canonical weights `(d1, k)`, `(d2, k)` and correlations `(k,)` of covariances."
     root1, root2 = _inverse_root(s11, reg, "view 1"), _inverse_root(s22, reg, "view 2")
@@ -52,15 +54,11 @@ def _directions(s11: Tensor, s22: Tensor, s12: Tensor, reg: float = 0.0) -> tupl
 
 
 def _shared_directions(s: Tensor, c: Tensor, reg: float) -> tuple:
-    "The same with one weight for both views; correlations below 0 are chance and become 0."
+    "Weights of both views, the same, and correlations; those below 0 are chance and become 0."
     root = _inverse_root(s, reg, "views")
     rho, u = torch.linalg.eigh(root @ c @ root)
     w = root @ u.flip(1)
     return w, w, rho.flip(0).clamp(0, 1)
-
-def _log_det(dof: int, d: int) -> float:
-    "Mean log determinant of a Wishart matrix of d white features, less `d log 2`."
-    return torch.digamma((dof - torch.arange(d, dtype=torch.float64)) / 2).sum().item()
 
 # %% ../../nbs/theory/01_correlation.ipynb #18ca67e7
 @dataclass(frozen=True, eq=False)
@@ -75,48 +73,15 @@ class CCA:
 
     def transform(self, x: Tensor, view: int = 0) -> Tensor:
         "Canonical coordinates `(n, k)`, float64, of features `(n, d)`; raises `ValueError`."
-        x, d = _as_view(x, "features"), len(self.means[view])
+        x = _as_view(x, "features")
+        d = len(self.means[view])
         if x.shape[1] != d: raise ValueError(f"view {view} has {d} features, got {x.shape[1]}")
         return (x - self.means[view]) @ self.weights[view]
-
-    def project(self, k: int | None = None, min_rho: float | None = None) -> "CCA":
-        "Keep the first k coordinates, or those of correlation >= `min_rho`; raises `ValueError`."
-        if (k is None) == (min_rho is None): raise ValueError("give one of k and min_rho")
-        if k is None: k = int((self.rho >= min_rho).sum())
-        if not 1 <= k <= len(self.rho):
-            largest = f"{len(self.rho)} coordinates, the largest correlation is {self.rho[0]:.3f}"
-            raise ValueError(f"cannot keep {k} of {largest}")
-        return replace(self, weights=tuple(w[:, :k] for w in self.weights), rho=self.rho[:k])
 
     @property
     def mi(self) -> float:
         "Plug-in estimate of the mutual information in nats, were the views Gaussian."
         return gaussian_mi(self.rho).item()
-
-    @property
-    def null_rho(self) -> float:
-        "Largest correlation of n pairs of independent views, 0 to 1; a limit for many features."
-        n = 2 * self.n if self.exchangeable else self.n
-        c1, c2 = (len(mean) / n for mean in self.means)
-        if c1 + c2 >= 1: return 1.0
-        return math.sqrt(c1 * (1 - c2)) + math.sqrt(c2 * (1 - c1))
-
-    @property
-    def null_mi(self) -> float:
-        "Mean of `mi`, all coordinates, for independent Gaussian views in nats; reg lowers it."
-        (d1, d2), n = map(len, self.means), self.n
-        if self.null_rho == 1: return math.inf
-        if not self.exchangeable: return (_log_det(n - 1, d1) - _log_det(n - 1 - d2, d1)) / 2
-        apart = (_log_det(n - 1, d1) + _log_det(n, d1)) / 2
-        return (_log_det(2 * n - 1, d1) - apart - d1 * math.log(2)) / 2
-
-    def __str__(self):
-        shown = " ".join(f"{r:.3f}" for r in self.rho[:8]) + " ..." * (len(self.rho) > 8)
-        sizes = " and ".join(str(len(mean)) for mean in self.means)
-        kind = "exchangeable views" if self.exchangeable else "views"
-        return (f"CCA of {self.n} pairs of {kind} with {sizes} features\n"
-                f"correlations {shown} (largest by chance {self.null_rho:.3f})\n"
-                f"information  {self.mi:.3f} nats if Gaussian (by chance {self.null_mi:.3f})")
 
 # %% ../../nbs/theory/01_correlation.ipynb #ac83fb75
 def cca(
@@ -134,12 +99,65 @@ def cca(
     if exchangeable and x1.shape[1] != x2.shape[1]:
         raise ValueError(f"exchangeable views have one width, not {x1.shape[1]} and {x2.shape[1]}")
     means = x1.mean(0), x2.mean(0)
-    if exchangeable: means = ((means[0] + means[1]) / 2,) * 2
+    if exchangeable:
+        common = (means[0] + means[1]) / 2
+        means = common, common
     x1, x2 = x1 - means[0], x2 - means[1]
     s11, s22, s12 = x1.T @ x1 / n, x2.T @ x2 / n, x1.T @ x2 / n
     if exchangeable: w1, w2, rho = _shared_directions((s11 + s22) / 2, (s12 + s12.T) / 2, reg)
     else: w1, w2, rho = _directions(s11, s22, s12, reg)
     return CCA((w1, w2), means, rho, n, exchangeable)
+
+# %% ../../nbs/theory/01_correlation.ipynb #1168e702
+@patch(as_prop=True)
+def null_rho(self: CCA) -> float:
+    "Largest correlation of n pairs of independent views, 0 to 1; a limit for many features."
+    n = 2 * self.n if self.exchangeable else self.n
+    c1, c2 = (len(mean) / n for mean in self.means)
+    if c1 + c2 >= 1: return 1.0
+    return math.sqrt(c1 * (1 - c2)) + math.sqrt(c2 * (1 - c1))
+
+# %% ../../nbs/theory/01_correlation.ipynb #3abcc93b
+def _log_det(dof: int, d: int) -> float:
+    "Mean log determinant of a Wishart matrix of d white features, less `d log 2`."
+    return torch.digamma((dof - torch.arange(d, dtype=torch.float64)) / 2).sum().item()
+
+
+@patch(as_prop=True)
+def null_mi(self: CCA) -> float:
+    "Mean of `mi`, all coordinates, for independent Gaussian views in nats; reg lowers it."
+    d1, d2 = map(len, self.means)
+    n = self.n
+    if self.null_rho == 1: return math.inf
+    if not self.exchangeable: return (_log_det(n - 1, d1) - _log_det(n - 1 - d2, d1)) / 2
+    apart = (_log_det(n - 1, d1) + _log_det(n, d1)) / 2
+    return (_log_det(2 * n - 1, d1) - apart - d1 * math.log(2)) / 2
+
+# %% ../../nbs/theory/01_correlation.ipynb #71595f54
+@patch
+def __str__(self: CCA):
+    shown = " ".join(f"{r:.3f}" for r in self.rho[:8])
+    if len(self.rho) > 8: shown += " ..."
+    sizes = " and ".join(str(len(mean)) for mean in self.means)
+    kind = "exchangeable views" if self.exchangeable else "views"
+    return (f"CCA of {self.n} pairs of {kind} with {sizes} features\n"
+            f"correlations {shown} (largest by chance {self.null_rho:.3f})\n"
+            f"information  {self.mi:.3f} nats if Gaussian (by chance {self.null_mi:.3f})")
+
+# %% ../../nbs/theory/01_correlation.ipynb #e27e2780
+@patch
+def project(
+    self: CCA,
+    k: int | None = None,  # Coordinates to keep, the first
+    min_rho: float | None = None,  # Or keep those of at least this correlation, 0 to 1
+) -> CCA:  # With fewer coordinates
+    "Keep the first k coordinates, or those of correlation >= `min_rho`; raises `ValueError`."
+    if (k is None) == (min_rho is None): raise ValueError("give one of k and min_rho")
+    if k is None: k = int((self.rho >= min_rho).sum())
+    if not 1 <= k <= len(self.rho):
+        largest = f"{len(self.rho)} coordinates, the largest correlation is {self.rho[0]:.3f}"
+        raise ValueError(f"cannot keep {k} of {largest}")
+    return replace(self, weights=tuple(w[:, :k] for w in self.weights), rho=self.rho[:k])
 
 # %% ../../nbs/theory/01_correlation.ipynb #93c33723
 def _moments(z: Tensor, y: Tensor, rho: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,9 +234,9 @@ def _left_out_error(z: Tensor, y: Tensor, rho: Tensor, strength: float) -> float
     "Mean squared leave-one-out error of canonical ridge; infinite where it interpolates."
     a = z * rho.sqrt()
     half = a @ _ridge_operator(a, rho, strength) / len(z)
-    own = 1 - (half * a).sum(1)
-    if own.min() < 1e-9: return math.inf
-    return ((y - half @ (a.T @ y)) / own[:, None]).square().mean().item()
+    by_others = 1 - (half * a).sum(1)
+    if by_others.min() < 1e-9: return math.inf
+    return ((y - half @ (a.T @ y)) / by_others[:, None]).square().mean().item()
 
 # %% ../../nbs/theory/01_correlation.ipynb #ad6b35f0
 def canonical_probe(
@@ -235,7 +253,8 @@ def canonical_probe(
                          f"got {y.dtype} {tuple(y.shape)}")
     if y.min() < 0: raise ValueError(f"classes start at 0, got {y.min()}")
     z, z_new = (F.pad(views.transform(x, view), (1, 0), value=1.0) for x in (h_labelled, h))
-    rho, target = F.pad(views.rho, (1, 0), value=1.0), F.one_hot(y.long()).double()
+    rho = F.pad(views.rho, (1, 0), value=1.0)
+    target = F.one_hot(y.long()).double()
     if strength is None:
         strength = min(STRENGTHS, key=lambda s: _left_out_error(z, target, rho, s))
     return z_new @ canonical_ridge(z, target, rho, strength)

@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .policy import Policy
-from .two_views import TwoViews
 from .color import ColorJitter, RandomGrayscale, luma, rotate_hue
 from .crop import RandomResizedCrop, crop_resize
 from .distort import GaussianBlur, gaussian_taps
+from .policy import Policy
+from .two_views import TwoViews
 
 # %% ../../nbs/views/06_compiled.ipynb #60902f67
 class ColorSteps(NamedTuple):
     "What happens to each image in each of four turns."
     scale: Tensor  # a of the table, `(N, 4)`
-    own: Tensor  # s, what is added of each pixel's grey level, `(N, 4)`
+    pixel: Tensor  # s, what is added of each pixel's grey level, `(N, 4)`
     mean: Tensor  # m, what is added of the image's mean grey level, `(N, 4)`
     hue: Tensor  # Shift of the hue, in turns of the colour circle, `(N,)`
     is_hue: Tensor  # Whether this is the turn of the hue, `(N, 4)`, bool
@@ -40,14 +40,14 @@ def color_steps(
     now = (order[:, :, None] == torch.arange(4)) & change[:, None, None]  # image, turn, operation
     factor = factors[:, None, :3]
     scale = torch.where(now[..., :3], factor, 1.0).prod(2)
-    own, mean = (torch.where(now[..., op], 1 - factors[:, None, op], 0.0) for op in (2, 1))
-    return ColorSteps(scale, own, mean, factors[:, 3], now[..., 3])
+    pixel, mean = (torch.where(now[..., op], 1 - factors[:, None, op], 0.0) for op in (2, 1))
+    return ColorSteps(scale, pixel, mean, factors[:, 3], now[..., 3])
 
 # %% ../../nbs/views/06_compiled.ipynb #b1b32fb4
-def _turn(planes: list, scale: Tensor, own: Tensor, mean: Tensor, hue: Tensor, is_hue: Tensor):
+def _turn(planes: list, scale: Tensor, pixel: Tensor, mean: Tensor, hue: Tensor, is_hue: Tensor):
     "One turn of colour jitter; all parameters `(N, 1, 1)`."
     grey = luma(*planes)
-    base = own * grey + mean * grey.mean((1, 2), keepdim=True)
+    base = pixel * grey + mean * grey.mean((1, 2), keepdim=True)
     changed = [(scale * plane + base).clamp(0, 1) for plane in planes]
     pairs = zip(rotate_hue(*planes, hue), changed, strict=True)
     return [torch.where(is_hue, a, b) for a, b in pairs]
@@ -56,7 +56,7 @@ def _turn(planes: list, scale: Tensor, own: Tensor, mean: Tensor, hue: Tensor, i
 def jitter_colors(
     x: Tensor,  # Images, `(N, 3, H, W)`, float in [0, 1] or uint8
     scale: Tensor,  # Of `ColorSteps`, `(N, 4)`
-    own: Tensor,  # Likewise, `(N, 4)`
+    pixel: Tensor,  # Likewise, `(N, 4)`
     mean: Tensor,  # Likewise, `(N, 4)`
     hue: Tensor,  # Likewise, `(N,)`
     is_hue: Tensor,  # Likewise, `(N, 4)`, bool
@@ -65,7 +65,7 @@ def jitter_colors(
     "Colour jitter and colour drop (paper appendix A), alike for all images; to be compiled."
     planes = list((x / 255 if x.dtype == torch.uint8 else x).unbind(1))
     for turn in range(4):
-        now = (v[:, turn, None, None] for v in (scale, own, mean))
+        now = (v[:, turn, None, None] for v in (scale, pixel, mean))
         planes = _turn(planes, *now, hue[:, None, None], is_hue[:, turn, None, None])
     grey = luma(*planes)
     return torch.stack([torch.where(gray[:, None, None], grey, plane) for plane in planes], 1)

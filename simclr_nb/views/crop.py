@@ -10,7 +10,6 @@ __all__ = ['uniform', 'RandomOperator', 'resize_weights', 'crop_resize', 'sample
 import math
 
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Generator, Tensor
 
