@@ -17,6 +17,7 @@ import torch
 
 from common import (GIVE_BACK, closing, finish, header, machine, own_process, parser_of, peak,
                     spread, timed, write)
+from simclr_nb.core.processes import kept_memory
 from simclr_nb.views.two_views import TwoViews
 from simclr_nb.views.policy import create_policy
 from simclr_nb.plan.cost import PRECISIONS
@@ -81,7 +82,8 @@ def peaks(name: str, args: argparse.Namespace) -> dict:
 def seconds(name: str, args: argparse.Namespace) -> dict:
     "Seconds of each of some steps, after two to warm up."
     step = create_step(STEPS[name], STEPS[name].batch)
-    return spread([timed(step) for _ in range(2 + args.repeats)][2:])
+    with kept_memory():  # as in training
+        return spread([timed(step) for _ in range(2 + args.repeats)][2:])
 
 
 def compare(name: str, args: argparse.Namespace) -> dict:

@@ -1,4 +1,4 @@
-"""Fixtures: real images, a browser.
+"""Fixtures: real images, a browser. The order of the files.
 
 Real images are never downloaded by a test. They lie where fastai's `untar_data` looks for them,
 `$FASTAI_HOME/data` or `~/.fastai/data`. A test that asks for images which are not there is skipped;
@@ -30,7 +30,25 @@ def _images(name: str) -> Path:
     return folder
 
 
+# Files that take longest, begun first, so that no worker of pytest-xdist is left with one at the end
+LONGEST = "parallel transfer protocols dist cli gpu checkpoint".split()
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    "What a worker of pytest-xdist has used."
+    used.update(getattr(node, "workeroutput", {}).get("used", []))
+
+
 def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a worker: the session that began it judges
+        session.config.workeroutput["used"] = sorted(used)
+        return
     if _require_data() and not session.config.option.collectonly and REQUIRED - used:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

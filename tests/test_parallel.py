@@ -84,7 +84,7 @@ def close(found: dict, expected: dict, tolerance: float = 1e-4):
         assert (found[name] - value).abs().max() < tolerance * scale, name
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RUNS)
 def test_learner_is_that_of_one_process(name, world, learners):
     "Weights, running statistics, probe, losses, contrastive accuracy and k-NN; on every rank."
@@ -206,24 +206,30 @@ def same_end(a: Path, b: Path):
     assert [row[:-1] for row in rows(a)] == [row[:-1] for row in rows(b)]  # but for the time
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
-@pytest.mark.parametrize("who, what", [
-    pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),  # as in the tutorial on many processes
-    (0, signal.SIGKILL), (None, signal.SIGTERM)])
-def test_killed_rank_ends_all_and_the_run_goes_on(whole, tmp_path, who, what):
-    "One rank is killed, or the launcher is asked to stop: an end within a minute, nothing lost."
-    out = tmp_path / "run"
-    process = begin(out, "torchrun")
-    deadline = time.monotonic() + 120
-    while not list((out / "state").glob("*.ckpt")):
-        assert process.poll() is None, process.communicate()[0]
+def saved(out: Path) -> set: return {path.name for path in (out / "state").glob("*.ckpt")}
+
+
+def stop(process: subprocess.Popen, out: Path, who: int | None, what: int) -> str:
+    "Signal a rank, or the launcher, when a run has saved a new state; gives what was printed."
+    before, deadline = saved(out), time.monotonic() + 120
+    while not saved(out) - before:
+        assert process.poll() is None, finish(process)
         assert time.monotonic() < deadline, "no state within two minutes"
         time.sleep(0.01)
     os.kill(process.pid if who is None else children(process.pid)[who], what)
-    began = time.monotonic()
     told = finish(process, 60)
-    assert process.returncode != 0 and time.monotonic() - began < 60, told
-    if who is None: assert "asked to stop (SIGTERM): the state is in" in told
+    assert process.returncode, told
+    return told
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+@pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_stopped_and_killed_all_end_and_the_run_goes_on(whole, tmp_path, who):
+    "The launcher is asked to stop, then a rank is killed: an end within a minute, nothing lost."
+    out = tmp_path / "run"
+    told = stop(begin(out, "torchrun"), out, None, signal.SIGTERM)
+    assert "asked to stop (SIGTERM): the state is in" in told
+    stop(begin(out, "torchrun", "--resume"), out, who, signal.SIGKILL)
     again = begin(out, "torchrun", "--resume")
     told = finish(again)
     assert again.returncode == 0, told

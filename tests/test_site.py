@@ -120,11 +120,17 @@ def browser(chromium):
     with sync_playwright() as p: yield p.chromium.launch(executable_path=chromium, args=FLAGS)
 
 
+@pytest.fixture(scope="module")
+def windows(browser):
+    "A window of each width, where what all pages share is fetched once."
+    return {name: browser.new_context(viewport={"width": width, "height": 844})
+            for name, width in WIDTHS.items()}
+
+
 @pytest.fixture
-def tab(browser, address, request):
+def tab(windows, address, request):
     "An empty tab of the asked width; at the end, whatever went wrong in it."
-    tab = browser.new_page(viewport={"width": WIDTHS[request.param], "height": 844})
-    wrong = []
+    tab, wrong = windows[request.param].new_page(), []
 
     def request(r):
         if not r.url.startswith((address, "data:")): wrong.append(f"outside: {r.url}")
@@ -143,6 +149,11 @@ FIGURES = """[...document.querySelectorAll('main img')].map(i => {
     return {alt: i.alt, natural: i.naturalWidth * i.naturalHeight, width: r.width, height: r.height,
             left: r.left, right: r.right, visible: s.visibility == 'visible' && s.opacity > 0};
 })"""
+SETTLED = """async () => {  // fonts, pictures, and what scripts do before the next frame
+    await document.fonts.ready;
+    await Promise.all([...document.images].map(i => i.complete || i.decode()));
+    await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
+}"""
 TOO_WIDE = """[...document.querySelectorAll('main *')].filter(e => {
     for (let p = e; p.tagName != 'MAIN'; p = p.parentElement)
         if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX)) return false;
@@ -153,7 +164,8 @@ TOO_WIDE = """[...document.querySelectorAll('main *')].filter(e => {
 @pytest.mark.parametrize("tab", WIDTHS, indirect=True)
 @pytest.mark.parametrize("page", PAGES)
 def test_page_in_a_browser(tab, address, page):
-    tab.goto(f"{address}/{page}", wait_until="networkidle")
+    tab.goto(f"{address}/{page}", wait_until="load")
+    tab.evaluate(SETTLED)
     width = tab.viewport_size["width"]
     for figure in tab.evaluate(FIGURES):
         assert figure["alt"] and figure["natural"] and figure["visible"], figure

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..core.choices import check_choice
-from ..images.arrays import ImageArrays
-from ..views.policy import Policy
-from ..train.callbacks import auto_precision
+from ..data import SimCLRDataLoaders
 from simclr_nb.evaluate.classifier import (
     Recipe,
     augmented_batches,
@@ -29,13 +27,15 @@ from simclr_nb.evaluate.classifier import (
     train_steps,
     training_card,
 )
-from ..data import SimCLRDataLoaders
-from ..measure.representations import feature_width, represent
-from ..model.inputs import memory_format_for
 from .features import encoder_card, random_encoder
 from .frozen import score_result
-from ..images.files import ImageFiles
 from .result import Result
+from ..images.arrays import ImageArrays
+from ..images.files import ImageFiles
+from ..measure.representations import feature_width, represent
+from ..model.inputs import memory_format_for
+from ..train.callbacks import auto_precision
+from ..views.policy import Policy
 
 # %% ../../nbs/evaluate/06_tuning.ipynb #620ac0e7
 _NORMS = nn.modules.batchnorm._BatchNorm

@@ -102,9 +102,9 @@ def average_precision_11(
 ) -> Tensor:  # Scalar, or `(S,)` with NaN for a row without a positive image; float64, 0 to 1
     "11-point average precision of PASCAL VOC 2007; raises `ValueError` without a positive image."
     _check_ap(scores, labels, ignore)
-    precision = _ap_11(scores, labels, ignore)
-    if precision.isnan().all(): raise ValueError("average precision needs a positive image; got none")
-    return precision
+    ap = _ap_11(scores, labels, ignore)
+    if ap.isnan().all(): raise ValueError("average precision needs a positive image; got none")
+    return ap
 
 # %% ../../nbs/measure/04_metrics.ipynb #f199a6e6
 def mean_average_precision_11(

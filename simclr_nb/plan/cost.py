@@ -37,8 +37,7 @@ class Op(NamedTuple):
     traffic: float  # Bytes read and written
     new: float  # Bytes of memory it asks for
     grown: float  # Bytes by which it raises the most that was held
-    kind: str = "simple"  # conv1, conv3, stem3, stem7 (of colour images), product, norm, simple
-    channels: int = 0  # Of a convolution the smaller number of them; of a stem those it makes
+    kind: str = "simple"  # "convolution", "product", "norm" or "simple"
 
 # %% ../../nbs/plan/01_cost.ipynb #80e94933
 def _tensors(tree) -> list[Tensor]:
@@ -57,13 +56,11 @@ def _moved(name: str, read: list[Tensor], written: list[Tensor]) -> int:
     return (2 if "batch_norm" in name else 1) * _traffic(read) + _traffic(written)
 
 
-def _kind(name: str, args: tuple, flops: int) -> dict:
-    "Kind of an operation, and channels of a convolution."
-    if not name.startswith("convolution"):
-        return dict(kind="product" if flops else "norm" if "norm" in name else "simple")
-    out, inner, *_, kernel = args[2 if "backward" in name else 1].shape
-    if inner <= 4: return dict(kind="stem3" if kernel < 5 else "stem7", channels=out)
-    return dict(kind="conv1" if kernel == 1 else "conv3", channels=min(out, inner))
+def _kind(name: str, flops: int) -> str:
+    "Kind of an operation."
+    if name.startswith("convolution"): return "convolution"
+    if flops: return "product"
+    return "norm" if "norm" in name else "simple"
 
 # %% ../../nbs/plan/01_cost.ipynb #a418c6e4
 class _Memory:
@@ -110,7 +107,7 @@ class _Listener(TorchDispatchMode):
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count else 0
         amounts = flops, _moved(name, _tensors((args, kwargs)), made), new, self.memory.peak - before
-        self.ops.append(Op(name, self.backward, *amounts, **_kind(name, args, flops)))
+        self.ops.append(Op(name, self.backward, *amounts, _kind(name, flops)))
         return out
 
 # %% ../../nbs/plan/01_cost.ipynb #f80e347a

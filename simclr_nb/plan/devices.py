@@ -6,10 +6,10 @@
 __all__ = ['MATRIX_USE', 'BANDWIDTH_USE', 'LAUNCH', 'DEVICES', 'Device', 'measure_device', 'op_seconds']
 
 # %% ../../nbs/plan/02_devices.ipynb #4f33f293
-import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -65,86 +65,74 @@ def _fastest(work: Callable, repeats: int = 5) -> float:
 def _both(forward: Callable, inputs: tuple) -> list[float]:
     "Seconds of the forward and of the backward pass of some work."
     y = forward()
-    g, inputs = torch.randn_like(y), [x for x in inputs if x.requires_grad]
+    g = torch.randn_like(y)
     back = _fastest(lambda: torch.autograd.grad(y, inputs, g, retain_graph=True))
     return [_fastest(lambda: forward().detach()), back]
 
 
-def _random(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
+def _random(*shape: int, dtype: torch.dtype) -> Tensor:
     "Random images or weights, channels last."
     x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
-    return x.requires_grad_(grad)
-
-def _conv_rate(inner: int, out: int, kernel: int, side: int, dtype: torch.dtype) -> list[float]:
-    "FLOP/s of a convolution forward and backward."
-    x = _random(32, inner, side, side, dtype=dtype, grad=inner > 3)
-    w, stride = _random(out, inner, kernel, kernel, dtype=dtype), 2 if kernel == 7 else 1
-    flops = 2 * 32 * (side // stride) ** 2 * out * inner * kernel**2
-    forward, backward = _both(lambda: F.conv2d(x, w, None, stride, kernel // 2), (x, w))
-    return [flops / forward, (1 + (inner > 3)) * flops / backward]
+    return x.requires_grad_()
 
 # %% ../../nbs/plan/02_devices.ipynb #925f2ddd
-_SIDES = {16: 32, 64: 16, 256: 8}  # channels: pixels
+def _conv_rates(dtype: torch.dtype) -> list[float]:
+    "FLOP/s of a convolution forward and backward, 64 channels to 64."
+    x = _random(32, 64, 16, 16, dtype=dtype)
+    weight = _random(64, 64, 3, 3, dtype=dtype)
+    forward, backward = _both(lambda: F.conv2d(x, weight, padding=1), (x, weight))
+    flops = 2 * 32 * 16**2 * 64 * 64 * 3**2
+    return [flops / forward, 2 * flops / backward]
 
 
-def _conv_rates(dtype: torch.dtype) -> dict:
-    "Kind of convolution to channels to FLOP/s forward and backward."
-    rates = dict(conv1={}, conv3={}, stem3={}, stem7={64: _conv_rate(3, 64, 7, 96, dtype)})
-    for c, side in _SIDES.items():
-        pair = _conv_rate(c, 4 * c, 1, side, dtype), _conv_rate(4 * c, c, 1, side, dtype)
-        rates["conv1"][c] = [2 / sum(1 / rate for rate in both) for both in zip(*pair)]
-        rates["conv3"][c] = _conv_rate(c, c, 3, side, dtype)
-    for c in (16, 64): rates["stem3"][c] = _conv_rate(3, c, 3, 32, dtype)
-    return rates
+def _norm_rates(x: Tensor) -> list[float]:
+    "Bytes per second of BatchNorm forward and backward."
+    size = x.numel() * x.element_size()
+    scale = torch.ones(64, requires_grad=True)
+    shift = torch.zeros(64, requires_grad=True)
+    norm = partial(F.batch_norm, x, None, None, scale, shift, True)
+    forward, backward = _both(norm, (x, scale, shift))
+    return [3 * size / forward, 5 * size / backward]
 
-
-def _move_rates(dtype: torch.dtype) -> dict:
-    "Bytes per second of BatchNorm and of simpler operations, forward and backward."
-    x = _random(128, 64, 32, 32, dtype=dtype)
-    size, scale, shift = x.numel() * x.element_size(), torch.ones(64), torch.zeros(64)
-    inputs = x, scale.requires_grad_(), shift.requires_grad_()
-    norm = _both(lambda: F.batch_norm(x, None, None, scale, shift, True), inputs)
-    y = x.detach().clone()
-    relu = _fastest(lambda: y.relu_()), _fastest(lambda: torch.mul(x.detach(), y, out=y))
-    return dict(norm=[3 * size / norm[0], 5 * size / norm[1]],
-                simple=[2 * size / relu[0], 3 * size / relu[1]])
+# %% ../../nbs/plan/02_devices.ipynb #72251cab
+def _simple_rates(x: Tensor) -> list[float]:
+    "Bytes per second of ReLU in place, and of a product with a mask as in its backward pass."
+    size = x.numel() * x.element_size()
+    y = x.clone()
+    forward = _fastest(lambda: y.relu_())
+    backward = _fastest(lambda: torch.mul(x, y, out=y))
+    return [2 * size / forward, 3 * size / backward]
 
 
 def _touch_rate() -> float:
     "Bytes per second of memory at its first touch, besides the time of writing it."
     times = []
     for _ in range(7):
-        x, start = torch.empty(2**26, dtype=torch.uint8), time.perf_counter()
+        x = torch.empty(2**26, dtype=torch.uint8)
+        start = time.perf_counter()
         x.zero_()
-        first, start = time.perf_counter() - start, time.perf_counter()
+        middle = time.perf_counter()
         x.zero_()
-        times.append(max(first - (time.perf_counter() - start), 1e-9))
+        end = time.perf_counter()
+        times.append(max((middle - start) - (end - middle), 1e-9))
     return 2**26 / median(times)
 
 # %% ../../nbs/plan/02_devices.ipynb #3a47438f
 def measure_device(
     precision: str = "fp32",  # In which convolutions and products are computed
 ) -> Device:
-    "This machine's processor, measured in a few seconds; raises `ValueError`."
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}")
+    "This machine's processor, measured in a second; raises `ValueError`."
+    check_choice("precision", precision, PRECISIONS)
     dtype = PRECISIONS[precision]
-    a, few = torch.ones(1024, 1024, dtype=dtype), torch.zeros(4)
-    rates = dict(_conv_rates(dtype), **_move_rates(dtype), touch=_touch_rate(),
-                 product=2 * 1024**3 / _fastest(lambda: a @ a),
-                 launch=_fastest(lambda: [few.add_(1) for _ in range(1000)]) / 1000)
+    square = torch.ones(1024, 1024, dtype=dtype)
+    few = torch.zeros(4)
+    images = _random(128, 64, 32, 32, dtype=dtype)
+    product = 2 * 1024**3 / _fastest(lambda: square @ square)
+    rates = dict(convolution=_conv_rates(dtype), norm=_norm_rates(images),
+                 simple=_simple_rates(images.detach()), product=[product, product],
+                 touch=_touch_rate(), launch=_fastest(lambda: few.add_(1), 1000))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device({precision: rates["product"]}, rates["simple"][0], memory, rates=rates)
-
-# %% ../../nbs/plan/02_devices.ipynb #35a1b552
-def _rate(table: dict, channels: int) -> list[float]:
-    "Rates between those of the nearest numbers of channels."
-    known = sorted(table)
-    channels = min(max(channels, known[0]), known[-1])
-    low = max(c for c in known if c <= channels)
-    high = min(c for c in known if c >= channels)
-    part = math.log(channels / low) / math.log(high / low) if high > low else 0
-    return [a ** (1 - part) * b**part for a, b in zip(table[low], table[high])]
+    return Device({precision: product}, rates["simple"][0], memory, rates=rates)
 
 # %% ../../nbs/plan/02_devices.ipynb #1f02c1be
 _BLOCK = 2**25  # bytes beyond which a block comes from the system and goes back to it
@@ -154,10 +142,9 @@ def _measured(op: Op, views: float, rates: dict, first: float) -> tuple[float, f
     "Seconds of products and of memory on a measured processor."
     fresh = op.new if op.new * views > _BLOCK else first * op.grown
     touched = fresh * views / rates["touch"]
-    if op.kind == "product": return op.flops * views / rates["product"], touched
-    if op.channels:
-        return op.flops * views / _rate(rates[op.kind], op.channels)[op.backward], touched
-    return 0.0, op.traffic * views / rates[op.kind][op.backward] + touched
+    rate = rates[op.kind][op.backward]
+    if op.kind in ("convolution", "product"): return op.flops * views / rate, touched
+    return 0.0, op.traffic * views / rate + touched
 
 
 def _listed(op: Op, views: float, device: Device, precision: str) -> tuple[float, float]:
