@@ -10,10 +10,9 @@ import gc
 import json
 import subprocess
 import sys
-from pathlib import Path
 from statistics import median
 
-from common import (GIVE_BACK, MIB, bounds, closing, finish, header, machine, own_process,
+from common import (GIVE_BACK, MIB, bounds, closing, finish, header, own_process,
                     parser_of, resident, rounds, write)
 from simclr_nb.images.arrays import ImageArrays
 from simclr_nb.images.source import Source

@@ -593,6 +593,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'simclr_nb.images.pack._save_manifest': ( 'images/pack.html#_save_manifest',
                                                                                  'simclr_nb/images/pack.py'),
                                        'simclr_nb.images.pack._sha256': ('images/pack.html#_sha256', 'simclr_nb/images/pack.py'),
+                                       'simclr_nb.images.pack._write_index': ('images/pack.html#_write_index', 'simclr_nb/images/pack.py'),
                                        'simclr_nb.images.pack.verify_shards': ( 'images/pack.html#verify_shards',
                                                                                 'simclr_nb/images/pack.py'),
                                        'simclr_nb.images.pack.write_shards': ('images/pack.html#write_shards', 'simclr_nb/images/pack.py')},

@@ -13,9 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
-from fastai.torch_core import default_device
 
 from .core.choices import check_choice
 from simclr_nb.core.processes import (
@@ -31,6 +28,9 @@ from .images.epochs import EpochLoader
 from .images.files import ImageFiles, JpegFiles, JpegLoader
 from .images.source import Source, find_source
 from .views.policy import Policy, create_policy
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.torch_core import default_device
 
 # %% ../nbs/images/09_data.ipynb #52678d0c
 def _choose_policy(source: Source, size: int | None, policy: str | Policy,

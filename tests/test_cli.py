@@ -85,7 +85,8 @@ def refused(command):
     ("--n-train", "-5", "at least 1"), ("--n-train", "0", "at least 1"),
     ("--n-valid", "1", "at least 2"), ("--workers", "-1", "at least 0"), ("--seed", "x", "int"),
     ("--width", "-1", "> 0"), ("--width", "0.3", "whole number"), ("--width", "65", "at most 64"),
-    ("--colour", "red", "--help"),
+    ("--colour", "red", "--help"), ("--temprature", "0.1", "did you mean '--temperature'?"),
+    ("--method", "simclrr", "did you mean 'simclr'?"),
 ])
 def test_bad_option(refused, option, value, advice):
     refused(f"{option}={value}", words=[value, advice])

@@ -1,6 +1,7 @@
 "`simclr-evaluate`: encoders of other libraries, folders with a list of labels, a run that was killed."
 import json
-import subprocess
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
+from processes import start
 from simclr_nb.cli import evaluate
 from simclr_nb.transfer.table import TRANSFER_RESULTS
 from simclr_nb.model.encoder import create_encoder, save_encoder
+from simclr_nb.run import evaluate as protocols
 from simclr_nb.run.evaluate import EvaluationConfig, run_evaluation
 from simclr_nb.evaluate.result import load_result
 
@@ -79,21 +82,19 @@ def test_list_of_labels(command, encoder, tmp_path):
     assert command(encoder, *options[:-1], "other", "--protocol", "semi")[0] == 2
 
 
-KILLED = """
-import os, signal
-from simclr_nb.run import evaluate as protocols
-def kill(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
-protocols.logistic_accuracy = kill
-from simclr_nb.cli import evaluate
-evaluate()
-"""
+def evaluate_and_die(folder: str, argv: list[str]):
+    "The command in a process that is killed when it comes to the second protocol."
+    def kill(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
+    protocols.logistic_accuracy = kill
+    os.chdir(folder)
+    evaluate(argv)
 
 
 def test_goes_on_after_a_kill(command, encoder, tmp_path):
     options = [*DIGITS, "--out", "run", "--protocol", "knn,logistic"]
-    done = subprocess.run([sys.executable, "-c", KILLED, encoder, *options], cwd=tmp_path,
-                          capture_output=True, timeout=120)
-    assert done.returncode == -9
+    process = start(tmp_path / "log", evaluate_and_die, str(tmp_path), [str(encoder), *options])
+    process.join(120)
+    assert process.exitcode == -9, (tmp_path / "log").read_text()
     written = {path.stem: path.read_bytes() for path in (tmp_path / "run").glob("*.json")}
     assert set(written) == {"evaluation", "knn"}
     assert command(encoder, *options)[0] == 0

@@ -205,7 +205,7 @@ def test_nothing_fits():
 
 def test_unknown_encoder():
     with pytest.raises(ValueError, match="resnet51"): run_plan(PlanConfig(arch="resnet51"))
-    with pytest.raises(ValueError, match="nearest"):
+    with pytest.raises(ValueError, match="did you mean .resnet50"):
         run_plan(PlanConfig(arch="torchvision/resnett"))
     with pytest.raises(ValueError, match="no options width"):
         run_plan(PlanConfig(arch="torchvision/resnet18", width=2.0))

@@ -9,7 +9,6 @@ import pickle
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -26,6 +25,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from processes import start
 from simclr_nb.core import remote
 from simclr_nb.core.remote import fetch
 from simclr_nb.images import shards
@@ -139,25 +139,23 @@ def test_resuming_decodes_nothing_before_the_position(photos, monkeypatch):
     assert len(seen(loader)) == len(read) == 8
 
 
-def _rank(rank: int, port_file: str, folder: str, results):
-    os.environ["OMP_NUM_THREADS"] = "1"
-    store = torch.distributed.FileStore(port_file, 2)
+def _rank(rank: int, folder: str):
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    photos = open_shards(folder, cache=Path(folder) / "cache")
-    results.put((rank, seen(EpochLoader(files(photos), 4, num_workers=rank))))  # spawned
+    photos = open_shards(f"{folder}/set", cache=f"{folder}/cache")
+    rows = seen(EpochLoader(files(photos), 4, num_workers=rank))  # spawned
+    Path(f"{folder}/{rank}.json").write_text(json.dumps(rows))
     torch.distributed.barrier()
 
 
 def test_ranks_of_a_process_group_share_an_epoch(folder, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(r, str(tmp_path / "store"), str(folder), results))
-             for r in range(2)]
-    for p in ranks: p.start()
-    try: parts = [results.get(timeout=60)[1] for _ in ranks]
+    ranks = [start(tmp_path / f"{r}.log", _rank, r, str(tmp_path)) for r in range(2)]
+    try:
+        for p in ranks: p.join(60)
     finally:
-        for p in ranks: p.join(20)
         for p in ranks: p.kill()
+    assert [p.exitcode for p in ranks] == [0, 0], (tmp_path / "0.log").read_text()
+    parts = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2)]
     assert [len(p) for p in parts] == [24, 24] and sorted(sum(parts, [])) == list(range(48))
 
 
@@ -355,28 +353,23 @@ def content(out: Path) -> dict:
     return {p.name: p.read_bytes() for p in out.glob("[!.]*") if p.suffix in (".tar", ".json")}
 
 
-CONVERT = """
-import sys
-from simclr_nb.images.pack import write_shards
-print("ready", flush=True)
-write_shards(sys.argv[1], sys.argv[2], max_count=4, progress=False)
-"""
+def convert(images: str, out: str):
+    print("ready", flush=True)
+    write_shards(images, out, max_count=4, progress=False)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_a_conversion_killed_at_any_moment_goes_on(images, tmp_path):
     write_shards(images, tmp_path / "whole", max_count=4)
-    command = [sys.executable, "-c", CONVERT, images, tmp_path / "out"]
     rng, kills = random.Random(0), 0
-    for _ in range(8):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        process.stdout.readline()
-        try: process.wait(rng.uniform(0.002, 0.1))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait(60)
-        process.stdout.close()
+    for i in range(8):
+        process = start(log := tmp_path / f"{i}.log", convert, str(images), str(tmp_path / "out"))
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.read_text()): assert time.monotonic() < deadline
+        process.join(rng.uniform(0.002, 0.1))
+        kills += process.is_alive()
+        process.kill()
+        process.join(60)
         for shard in (tmp_path / "out").glob("[!.]*.tar"):
             assert shard.read_bytes() == (tmp_path / "whole" / shard.name).read_bytes()
         manifest = tmp_path / "out" / "manifest.json"

@@ -1,7 +1,5 @@
 "The transfer protocols: grids of the paper, choices that cannot see the test set, kill and resume."
 import json
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -11,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from processes import start
 from simclr_nb.transfer import transfer
 from simclr_nb.images.source import digits_source
 from simclr_nb.transfer.datasets import (
@@ -41,13 +40,16 @@ def minis(tmp_path_factory) -> dict:
     return roots
 
 
-@pytest.fixture(scope="module")
-def digits() -> TransferData:
+def some_digits() -> TransferData:
     "64 digits for each part."
     source = digits_source()
     whole = TransferSplit(source.train.images, source.train.labels)
     parts = (whole.select(torch.arange(64 * i, 64 * i + 64)) for i in range(3))
     return TransferData("digits", source.classes, *parts, "top-1")
+
+
+@pytest.fixture(scope="module")
+def digits() -> TransferData: return some_digits()
 
 
 def several_answers(digits: TransferData) -> TransferData:
@@ -243,24 +245,18 @@ def test_resumed_equals_uninterrupted(protocol, digits, tmp_path):
         assert points[0] == points[1]
 
 
-CHILD = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from test_transfer import TINY, digits, finetune_transfer, small_encoder
-data = digits.__wrapped__() if hasattr(digits, "__wrapped__") else digits._get_wrapped_function()()
-finetune_transfer(small_encoder(), data, TINY, 8, sys.argv[2], progress=False)
-"""
+def tune_digits(folder: str):
+    finetune_transfer(small_encoder(), some_digits(), TINY, 8, folder, progress=False)
 
 
 def test_killed_by_the_system_and_called_again(digits, tmp_path):
-    command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(tmp_path)]
-    child = subprocess.Popen(command)
+    child = start(tmp_path / "log", tune_digits, str(tmp_path))
     journal, deadline = tmp_path / "digits-finetune.jsonl", time.monotonic() + 120
     while not (journal.is_file() and len(journal.read_text().splitlines()) > 2):
-        assert child.poll() is None and time.monotonic() < deadline, "no point was finished"
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+        assert child.is_alive() and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.001)
+    child.kill()
+    child.join(60)
     found = len(journal.read_text().splitlines())
     resumed = finetune_transfer(small_encoder(), digits, TINY, 8, tmp_path, progress=False)
     whole = finetune_transfer(small_encoder(), digits, TINY, 8, progress=False)

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from fastai.data.load import DataLoader
 from fastcore.basics import patch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from ..core.show import image_grid
 from ..core.work import in_threads, with_progress
 from .epochs import EpochLoader
 from ..views.crop import crop_resize
+from fastai.data.load import DataLoader
 
 # %% ../../nbs/images/04_arrays.ipynb #f1ce268e
 def read_image(

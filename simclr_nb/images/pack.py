@@ -109,6 +109,13 @@ def _fill(file, part: _Part, samples: Iterator, limits: tuple[int, int], skip_ba
 def _save_manifest(out: Path, manifest: dict) -> None:
     write_atomic(out / "manifest.json", json.dumps(manifest, indent=1).encode())
 
+# %% ../../nbs/images/08_pack.ipynb #2222d747
+def _write_index(out: Path, part: _Part, shards: list[dict], progress: bool) -> None:
+    "Write the index of a finished part beside its shards."
+    paths = [out / shard["name"] for shard in shards]
+    arrays = scan_shards([str(p) for p in paths], paths, part.classes, progress)
+    write_cache(out / f"{part.name}.index.safetensors", arrays, index_about(shards))
+
 # %% ../../nbs/images/08_pack.ipynb #2c5127f8
 def _pack_part(out: Path, manifest: dict, part: _Part, progress: bool) -> None:
     "Write what is missing of one part, then its index."
@@ -129,10 +136,7 @@ def _pack_part(out: Path, manifest: dict, part: _Part, progress: bool) -> None:
         start = made["end"]
         if not made["samples"]: path.unlink()
         _save_manifest(out, manifest)
-    full = [shard for shard in shards if shard["samples"]]
-    paths = [out / shard["name"] for shard in full]
-    arrays = scan_shards([str(p) for p in paths], paths, part.classes, progress)
-    write_cache(out / f"{part.name}.index.safetensors", arrays, index_about(full))
+    _write_index(out, part, [shard for shard in shards if shard["samples"]], progress)
 
 # %% ../../nbs/images/08_pack.ipynb #b2b1f861
 def _parts(source: Source) -> list[_Part]:

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from fastai.data.external import URLs, untar_data
 from fastcore.basics import patch
 
 from ..core.work import in_threads, with_progress
 from .arrays import ImageArrays, load_arrays
 from .listing import Items, index_images
 from .shards import ShardIndex, is_shards, open_shards
+from fastai.data.external import URLs, untar_data
 
 # %% ../../nbs/images/06_source.ipynb #3505f992
 def find_images(

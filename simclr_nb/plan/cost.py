@@ -106,8 +106,10 @@ class _Listener(TorchDispatchMode):
         name = func._overloadpacket.__name__
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count else 0
-        amounts = flops, _moved(name, _tensors((args, kwargs)), made), new, self.memory.peak - before
-        self.ops.append(Op(name, self.backward, *amounts, _kind(name, flops)))
+        moved = _moved(name, _tensors((args, kwargs)), made)
+        grown = self.memory.peak - before
+        kind = _kind(name, flops)
+        self.ops.append(Op(name, self.backward, flops, moved, new, grown, kind))
         return out
 
 # %% ../../nbs/plan/01_cost.ipynb #f80e347a

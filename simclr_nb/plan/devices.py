@@ -77,11 +77,11 @@ def _random(*shape: int, dtype: torch.dtype) -> Tensor:
 
 # %% ../../nbs/plan/02_devices.ipynb #925f2ddd
 def _conv_rates(dtype: torch.dtype) -> list[float]:
-    "FLOP/s of a convolution forward and backward, 64 channels to 64."
-    x = _random(32, 64, 16, 16, dtype=dtype)
-    weight = _random(64, 64, 3, 3, dtype=dtype)
+    "FLOP/s of a convolution forward and backward, 32 channels to 32."
+    x = _random(32, 32, 16, 16, dtype=dtype)
+    weight = _random(32, 32, 3, 3, dtype=dtype)
     forward, backward = _both(lambda: F.conv2d(x, weight, padding=1), (x, weight))
-    flops = 2 * 32 * 16**2 * 64 * 64 * 3**2
+    flops = 2 * 32 * 16**2 * 32 * 32 * 3**2
     return [flops / forward, 2 * flops / backward]
 
 

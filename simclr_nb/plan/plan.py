@@ -162,7 +162,7 @@ def _network(count: Count, config: PlanConfig, place: tuple[int, int], link: str
     n = config.batch // (nodes * each)
     parts = communication(count, n, nodes, each, LINKS[link], LINKS[config.network], chunks)
     gradients = parts.pop("gradients")
-    last = gradients * min(1, 25e6 / (4 * count.params))  # the last bucket has nothing to hide behind
+    last = gradients * min(1, 25e6 / (4 * count.params))  # of the last bucket, never hidden
     return sum(parts.values()) + max(gradients - backward, last)
 
 

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from shutil import rmtree
 
-from fastai.torch_core import set_seed
 from torch import Tensor, nn
 
 from .. import __version__
@@ -28,6 +27,7 @@ from .config import LEARNER_OPTIONS, METHODS, RunConfig, complete_config
 from .report import report_html, run_figures
 from ..train.callbacks import HistoryCallback
 from ..train.checkpoint import CheckpointCallback
+from fastai.torch_core import set_seed
 
 # %% ../../nbs/run/02_pretrain.ipynb #b5639cde
 def _check_folder(config: RunConfig) -> None:

@@ -44,7 +44,7 @@ def run_figures(
     untrained: nn.Module,  # The same encoder at random initialisation
     views: Tensor,  # Two views of some images, `(2N, C, H, W)`
 ) -> dict[str, str]:  # Caption to HTML image
-    "Figures of a pretraining run: curves, views, t-SNE maps and spectra of clean validation images."
+    "Figures of a run: curves, views, t-SNE maps and spectra of clean validation images."
     loader = clean_loader(learn.dls, 1, n=1000)
     encoders = dict(random=untrained, pretrained=learn.model.encoder)
     hs = {}
@@ -94,7 +94,8 @@ def report_html(
     parts = []
     if results:
         note = "On held-out images, with 95% intervals; each card names its metric."
-        parts += ["<h2>What was learned</h2>", results_table(results), f"<p><small>{note}</small></p>"]
+        parts += ["<h2>What was learned</h2>", results_table(results)]
+        parts.append(f"<p><small>{note}</small></p>")
     for caption, image in figures.items():
         parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
     parts += ["<h2>Settings</h2>", *(_lines(name, value) for name, value in settings.items())]

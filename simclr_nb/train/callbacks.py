@@ -14,18 +14,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback, CancelBatchException
-from fastai.callback.fp16 import AMPMode, MixedPrecision
-from fastai.learner import AvgSmoothLoss
 from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.processes import all_objects, from_main, is_main, rank
 from ..core.store import write_atomic
+from ..images.epochs import EpochLoader  # before fastai, whose import it keeps quiet
 from ..model.inputs import memory_format_for
 from ..parallel.microbatch import MicroBatched, bare_model
 from .optim import warmup_cosine
 from ..views.two_views import TwoViews
+from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.learner import AvgSmoothLoss
 
 # %% ../../nbs/train/02_callbacks.ipynb #c6f8507e
 def _check_range(x: Tensor) -> None:
@@ -217,7 +218,7 @@ def read(self: FiniteLossCallback) -> None:
 @patch
 def _images(self: FiniteLossCallback, step: int) -> str:
     "Rank and images of a batch, where the loader knows them."
-    if not hasattr(type(self.dl), "plan"): return f", rank {rank()}"
+    if not isinstance(self.dl, EpochLoader): return f", rank {rank()}"
     rows = self.dl.plan(self.data_epoch)[0][step].tolist()
     return f", rank {rank()}, images {', '.join(map(str, rows[:8]))}, ..."
 

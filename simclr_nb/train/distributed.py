@@ -41,8 +41,8 @@ def _check_same_loaders(loaders: list) -> None:
     states = [dl.state_dict() if isinstance(dl, EpochLoader) else len(dl) for dl in loaders]
     of_ranks = all_objects(states)
     if any(other != of_ranks[0] for other in of_ranks):
-        raise ValueError(f"the loaders of the ranks differ: {of_ranks}; give all ranks the same data,"
-                         " batch and seed")
+        raise ValueError(f"the loaders of the ranks differ: {of_ranks}; give all ranks the same "
+                         "data, batch and seed")
 
 # %% ../../nbs/train/05_distributed.ipynb #7b9df854
 def _seed_by_rank() -> None:

@@ -8,8 +8,6 @@ __all__ = ['RepresentCallback', 'ProbeCallback', 'KNNCallback', 'callback_metric
 # %% ../../nbs/train/03_probes.ipynb #76a1136c
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
-from fastai.learner import ValueMetric
 from fastcore.basics import patch
 from torch import Tensor, nn
 
@@ -21,6 +19,8 @@ from ..measure.representations import represent
 from ..parallel.microbatch import bare_model
 from ..parallel.norm import GlobalBatchNorm
 from .optim import warmup_cosine
+from fastai.callback.core import Callback
+from fastai.learner import ValueMetric
 
 # %% ../../nbs/train/03_probes.ipynb #a740a792
 class _Measurement(Callback):
