@@ -12,11 +12,11 @@ BENCH := augment decode photos loss step end_to_end scaling knn evaluation plan 
 test:  # every notebook, then every test that takes less than a minute
 	$(RUN) $(OTHERS)
 	$(RUN) $(COMPILES)
-	python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 python -m pytest -q -m "not slow"
 
 slow:  # the rest: cells marked `slow`, tests marked slow
 	$(RUN) --flags slow --cell-timeout 1800 $(OTHERS)
-	python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 python -m pytest -q -m slow
 
 docs:  # modules, outputs, docs/ and README.md from the notebooks
 	nbdev-export

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from common import bounds, closing, finish, header, machine, parser_of, rate, rounds, write
-from simclr_nb.images.arrays import read_image
+from simclr_nb.images.pixels import read_image
 from simclr_nb.views.policy import create_policy
 from simclr_nb.images.files import ImageFiles
 

@@ -26,6 +26,7 @@ from simclr_nb.core.processes import (
 from .images.arrays import ArrayEpochLoader, ArrayLoader, is_resident
 from .images.epochs import EpochLoader
 from .images.files import ImageFiles, JpegFiles, JpegLoader
+from .images.pixels import pixel_rules
 from .images.source import Source, find_source
 from .views.policy import Policy, create_policy
 from fastai.data.core import DataLoaders
@@ -38,7 +39,7 @@ def _choose_policy(source: Source, size: int | None, policy: str | Policy,
     "Policy for the images, with what the caller left open decided."
     if size is not None and not 8 <= size <= 1024:
         raise ValueError(f"size must be 8 to 1024 pixels, got {size}")
-    if policy == "auto" and source.name == "digits": policy = "digits"
+    if policy == "auto": policy = source.policy
     size = size or (max(16, source.train.images.shape[3]) if source.in_memory else 96)
     if policy == "auto": policy = "cifar" if size <= 64 else "paper"
     if not isinstance(policy, Policy): policy = create_policy(policy, size, strength)
@@ -79,7 +80,7 @@ def _array_loaders(source: Source, bs: int, seed: int, device: torch.device) -> 
 def _file_loaders(source: Source, policy: Policy, bs: int, seed: int, decode: str, skip_bad: bool,
                   **kwargs) -> tuple:
     "Training and validation loader of image files."
-    train, valid = ((paths, torch.tensor(source.labels(paths)), policy.crop)
+    train, valid = ((paths, torch.tensor(source.labels(paths)), policy.crop, source.rules)
                     for paths in (source.train, source.valid))
     n_valid = min(bs, len(source.valid) // world_size())
     kwargs["pin_memory"] = kwargs["device"].type == "cuda"
@@ -127,26 +128,30 @@ def simclr_dls(
     num_workers: int | None = None,  # Processes that decode large images; all cores by default
     skip_bad: bool = False,  # Skip damaged files instead of raising; `info["skipped"]` lists them
     device: str | torch.device | None = None,  # fastai's default device by default
-    progress: bool = True,  # Progress bars while images are read
+    progress: bool = True,  # Progress bars, and one line that says what a folder was taken for
     decode: str = "workers",  # Or "device": large training images, all JPEG, are decoded there
+    max_pixels: int | None = None,  # Refuse images of more; 89 million by default, see `MAX_PIXELS`
+    pixel_range: tuple | dict | None = None,  # Values of 16-bit and float files that become 0, 255
 ) -> SimCLRDataLoaders:  # `(x, y)`: x uint8 `(N, 3, H, W)`, or pairs of crops `(N, 2, 3, S, S)`
     "DataLoaders for pretraining; raises `ValueError` or `FileNotFoundError` for unusable input."
     join_processes()
     _check_decode(decode, skip_bad)
     progress = progress and is_main()
-    source = find_source(data).take(n_train, n_valid).check(skip_bad, progress).load(progress)
+    rules = pixel_rules(max_pixels, pixel_range)
+    source = find_source(data).take(n_train, n_valid).check(skip_bad, progress, rules)
+    source = source.load(progress)
     policy = _choose_policy(source, size, policy, strength)
     bs = _own_batch(bs, len(source.train), len(source.valid))
     seed = from_main(random.randrange(2**32)) if seed is None else seed
     device = default_device() if device is None else torch.device(device)
+    workers = os.cpu_count() if num_workers is None else num_workers
     if source.in_memory: loaders = _array_loaders(source, bs, seed, device)
-    else:
-        workers = os.cpu_count() if num_workers is None else num_workers
-        loaders = _file_loaders(source, policy, bs, seed, decode, skip_bad, num_workers=workers,
-                                device=device)
+    else: loaders = _file_loaders(source, policy, bs, seed, decode, skip_bad, num_workers=workers,
+                                  device=device)
     info = dict(data=source.name, n_train=len(source.train), n_valid=len(source.valid),
                 split=source.split, size=policy.size, in_memory=source.in_memory,
-                skipped=source.skipped)
+                skipped=source.skipped, pixel_range=source.rules.ranges or None)
+    if progress and source.found: print(source.found)
     return SimCLRDataLoaders(*loaders, policy=policy, classes=source.classes, info=info,
                              device=device)
 

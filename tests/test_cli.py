@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -183,12 +184,16 @@ def test_interrupt(tmp_path):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
     process = subprocess.Popen(argv, cwd=tmp_path, env=env, preexec_fn=heed, **pipes)
+    patience = threading.Timer(120, process.kill)
+    patience.start()
     try:
         for line in process.stdout:
             if re.match(r"0 +\d", line): break  # the first epoch
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    finally: process.kill()
+    finally:
+        patience.cancel()
+        process.kill()
     assert (process.returncode, err) == (130, "interrupted\n")
 
 

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
 from simclr_nb import data
-from simclr_nb.images.arrays import is_resident, read_image
+from simclr_nb.images.arrays import is_resident
+from simclr_nb.images.pixels import read_image
 from simclr_nb.data import clean_loader, simclr_dls
 from simclr_nb.images.source import find_source
 from simclr_nb.images.files import JpegLoader

@@ -282,7 +282,7 @@ def test_memory_grows_with_n():
     peaks = {}
     for n in (2048, 8192):
         done = subprocess.run([sys.executable, "-c", PEAK, str(n)], capture_output=True, text=True,
-                              env=os.environ | GIVE_BACK)
+                              timeout=200, env=os.environ | GIVE_BACK)
         assert done.returncode == 0, done.stderr
         peaks[n] = int(done.stdout)
     assert peaks[8192] <= 5 * max(peaks[2048], 2**22)

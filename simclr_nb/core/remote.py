@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from fastcore.basics import patch
 
+from .choices import quoted
 from .store import atomic_file, cache_folder
 
 # %% ../../nbs/core/06_remote.ipynb #114baa9b
@@ -28,7 +29,7 @@ def _fsspec(address: str):
     "The module fsspec, which remote addresses need."
     try: import fsspec
     except ImportError as error:
-        raise ImportError(f"to read {address}: pip install fsspec, and what fsspec names for "
+        raise ImportError(f"to read {quoted(address)}: pip install fsspec, and what it names for "
                           "this kind of address (such as s3fs or gcsfs)") from error
     return fsspec
 
@@ -83,12 +84,13 @@ def _try_to_copy(address: str, to: Path, size: int | None, tries: int, timeout: 
             _attempt(address, to, size, timeout)
             return
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"no such file: {address}") from error
+            raise FileNotFoundError(f"no such file: {quoted(address)}") from error
         except (ImportError, PermissionError): raise
         except Exception as error:
             disk_is_full = getattr(error, "errno", None) == 28
             if disk_is_full or i == tries - 1:
-                raise ConnectionError(f"cannot copy {address} to {to.parent} ({i + 1} attempts): "
+                what = f"cannot copy {quoted(address)} to {quoted(to.parent)}"
+                raise ConnectionError(f"{what} ({i + 1} attempts): "
                                       f"{type(error).__name__}: {error}") from error
             time.sleep(i)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_file', 'write_atomic', 'remove_unfinished', 'cache_folder', 'write_cache', 'read_cache', 'keep_cache',
-           'check_same_settings']
+           'parse_json', 'read_json', 'check_same_settings']
 
 # %% ../../nbs/core/04_store.ipynb #d4221bc7
 import hashlib
@@ -20,6 +20,8 @@ from uuid import uuid4
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+
+from .choices import quoted
 
 # %% ../../nbs/core/04_store.ipynb #13779104
 @contextmanager
@@ -110,6 +112,34 @@ def keep_cache(
         warnings.warn(f"no index kept, the next start scans again: {error}; "
                       "set SIMCLR_NB_CACHE to a folder that can be written")
 
+# %% ../../nbs/core/04_store.ipynb #cda82097
+def parse_json(
+    text: str | bytes,  # One JSON value, UTF-8
+    kind: type = dict,  # What it must be: `dict` or `list`
+):  # The value
+    "Value of a JSON text; raises `ValueError` for damaged text or another type."
+    try: value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no sound JSON: {error}") from None
+    if isinstance(value, kind): return value
+    raise ValueError(f"no sound JSON: expected a {kind.__name__}, got a {type(value).__name__}")
+
+# %% ../../nbs/core/04_store.ipynb #dc3c801a
+def read_json(
+    path: str | Path,  # JSON file, UTF-8
+    advice: str = "remove it, or restore it",  # How the message goes on where it is damaged
+    keys: Collection[str] = (),  # What it must hold
+) -> dict:  # With at least these keys
+    "A JSON object from a file; raises `ValueError` that names a damaged file, or `OSError`."
+    content = Path(path).read_bytes()
+    try:
+        values = parse_json(content)
+        missing = [key for key in keys if key not in values]
+        if missing: raise ValueError(f"it has no {missing[0]!r}")
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}; {advice}") from None
+    return values
+
 # %% ../../nbs/core/04_store.ipynb #fc7ddb4a
 def _changes(old: dict, new: dict, may_change: Collection[str]) -> Iterator[str]:
     "What differs, in words; a setting that is missing counts as None."
@@ -132,4 +162,6 @@ def check_same_settings(
     "Raise `ValueError` that names each difference, unless both settings are the same."
     old, new = (json.loads(json.dumps(settings, default=repr)) for settings in (old, new))
     changes = "; ".join(_changes(old, new, may_change))
-    if changes: raise ValueError(f"{begun} was begun with other settings ({changes}): {advice}")
+    if changes:
+        begun = quoted(begun)
+        raise ValueError(f"{begun} was begun with other settings ({changes}): {advice}")

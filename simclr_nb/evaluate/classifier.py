@@ -76,7 +76,7 @@ def select_images(
     "Some of the images of a set."
     if isinstance(dataset, ImageArrays): return ImageArrays(*dataset[rows])
     paths = [dataset.paths[i] for i in rows.tolist()]
-    return ImageFiles(paths, dataset.labels[rows], dataset.crop)
+    return ImageFiles(paths, dataset.labels[rows], dataset.crop, dataset.rules)
 
 # %% ../../nbs/evaluate/02_classifier.ipynb #d54fa112
 def row_batches(
@@ -113,7 +113,7 @@ def _crops_of_files(files: ImageFiles, policy: Policy, rows: Iterable[Tensor], o
     def seeded(batch: Tensor) -> list[tuple[int, int]]:
         seeds = torch.randint(2**62, (len(batch),), generator=order)
         return list(zip(batch.tolist(), seeds.tolist(), strict=True))
-    crops = _SeededCrops(ImageFiles(files.paths, files.labels, policy.crop))
+    crops = _SeededCrops(ImageFiles(files.paths, files.labels, policy.crop, files.rules))
     return DataLoader(crops, batch_sampler=map(seeded, rows), num_workers=num_workers,
                       generator=Generator())
 

@@ -35,6 +35,7 @@ from .logistic import L2_STRENGTHS, fit_logistic
 from .result import Result, accuracy_result, environment, mean_result
 from ..images.arrays import ImageArrays
 from ..images.files import ImageFiles
+from ..measure.data_checks import check_answerable
 from ..measure.metrics import top_k_accuracy, top_k_correct
 from ..measure.neighbours import knn_predict
 from ..measure.representations import feature_width, represent
@@ -121,7 +122,7 @@ def logistic_accuracy(
                 l2=f"{len(l2)} strengths, {min(l2):g} to {max(l2):g}", selected=selected,
                 selection="accuracy on held-out labelled training images",
                 seconds=time.perf_counter() - start)
-    results = [f.result(p, **card) for p in predicted]
+    results = [f.result(p, rows, **card) for p, rows in zip(predicted, subsets, strict=True)]
     if not few: return results[0]
     return mean_result([r.value for r in results], n_test=len(f.y_test), **f.protocol_card(**card))
 
@@ -129,11 +130,14 @@ def logistic_accuracy(
 def score_result(
     scores: Tensor,  # Score of each class for each test image, `(N, C)`
     y: Tensor,  # Their labels, `(N,)`; looked at here and not before
+    y_train: Tensor | None = None,  # Labels the classifier was trained on, `(M,)`
     **card,  # How it was measured
 ) -> Result:
-    "Top-1 accuracy of scores; the card has top-5 where there are more than five classes."
+    "Top-1 accuracy of scores, top-5 for more than five classes; raises as `check_answerable` does."
     check_labelled(y)
     scores, y = scores.cpu(), y.cpu()
+    unanswerable = None if y_train is None else check_answerable(y_train.cpu(), y)
+    if unanswerable: card["unanswerable"] = unanswerable
     if scores.shape[1] > 5: card["top_5"] = round(top_k_accuracy(scores, y, 5).item(), 4)
     return accuracy_result(top_k_correct(scores, y), y, **card, **environment())
 
@@ -216,5 +220,6 @@ def linear_evaluation(
                                        partial(linear_classifier, seed=seed), seed,
                                        progress=progress)
     training = training_card(recipe, labels, rows, policy, seconds, epochs=epochs, seed=seed)
-    return score_result(scores, dls.valid.dataset.labels, protocol="linear evaluation", **training,
+    return score_result(scores, dls.valid.dataset.labels, labels[rows],
+                        protocol="linear evaluation", **training,
                         **encoder_card(encoder, dls, name), **card)

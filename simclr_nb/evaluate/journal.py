@@ -11,20 +11,34 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core.store import check_same_settings, write_atomic
+from ..core.store import check_same_settings, parse_json, write_atomic
 from .result import Result
 
 # %% ../../nbs/evaluate/09_journal.ipynb #4d7a2d1c
+_ENTRIES = {"settings": (("settings", dict),), "result": (("result", dict),),
+            "point": (("point", dict), ("valid", (int, float)), ("seconds", (int, float)))}
+
+
+def _read_entry(line: bytes, is_first: bool) -> dict:
+    "Entry of one line; raises `ValueError` where it lacks something."
+    entry = parse_json(line)
+    kind = next((k for k in _ENTRIES if k in entry and is_first == (k == "settings")), None)
+    if kind is None: raise ValueError("no settings" if is_first else "neither point nor result")
+    for name, types in _ENTRIES[kind]:
+        if not isinstance(entry.get(name), types): raise ValueError(f"no {name}")
+    if kind == "result": Result.from_dict(entry["result"])
+    return entry
+
+
 def _read_journal(path: Path) -> list[dict]:
-    "Entries of a journal; raises `ValueError` with the number of a damaged line."
+    "Entries of a journal; raises `ValueError` with the file and the number of a damaged line."
     entries = []
-    for i, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        try: entry = json.loads(line)
-        except ValueError: entry = None
-        wanted = {"point", "result"} if entries else {"settings"}
-        if not isinstance(entry, dict) or not wanted & set(entry):
-            raise ValueError(f"{path}, line {i} is damaged: {line[:40]!r}; remove the line")
-        entries.append(entry)
+    for i, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try: entries.append(_read_entry(line, not entries))
+        except ValueError as error:
+            start = line[:40].decode(errors="replace")
+            raise ValueError(f"{path}, line {i} is damaged: {start!r} ({error}); "
+                             "remove the line") from None
     return entries
 
 # %% ../../nbs/evaluate/09_journal.ipynb #f7dd8159

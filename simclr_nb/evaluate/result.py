@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from scipy.stats import t
 from torch import Tensor
 
-from ..core.store import write_atomic
+from ..core.store import parse_json, write_atomic
 from ..measure.intervals import wilson_interval
 
 # %% ../../nbs/evaluate/01_result.ipynb #3353276e
@@ -166,14 +166,14 @@ def save(self: Result, path: str | Path) -> Path:
 def from_dict(cls: Result, values: dict) -> Result:
     "The result that `to_dict` gave; raises `ValueError` for anything else."
     try: return cls(**values | {k: _unpack(values.get(k)) for k in ("correct", "y")})
-    except (TypeError, KeyError, ValueError, AttributeError) as e:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError, MemoryError) as e:
         raise ValueError(f"not a saved result, or damaged: {e}") from None
 
 
 @patch(cls_method=True)
 def from_json(cls: Result, text: str) -> Result:
     "The result that `to_json` wrote; raises `ValueError` for any other text."
-    try: values = json.loads(text)
+    try: values = parse_json(text)
     except ValueError as e: raise ValueError(f"not a saved result, or damaged: {e}") from None
     return cls.from_dict(values)
 
@@ -184,7 +184,7 @@ def load_result(
     "Load a result; raises `FileNotFoundError`, or `ValueError` for a file that holds none."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no result file {str(path)!r}")
-    try: return Result.from_json(path.read_text(encoding="utf-8"))
+    try: return Result.from_json(path.read_bytes())
     except ValueError as e: raise ValueError(f"{str(path)!r}: {e}") from None
 
 # %% ../../nbs/evaluate/01_result.ipynb #32b6aeb7

@@ -18,33 +18,37 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .arrays import image_tensor, read_image
+from ..core.choices import quoted
+from .arrays import image_tensor
 from .epochs import EpochLoader
+from .pixels import PixelRules, open_image, read_image
 from ..views.crop import RandomResizedCrop, crop_resize
 
 # %% ../../nbs/images/05_files.ipynb #34283d66
 _ORIENTATION = 0x0112  # EXIF tag; 1: as stored, 2 to 8: mirrored, turned, or both
 _KINDS = "JPEG", "MPO"  # the second: a JPEG with more pictures after it
 
-def _jpeg_header(data: bytes, path: object) -> tuple[int, int, int]:
+def _jpeg_header(file: str | Path | io.BytesIO, rules: PixelRules) -> tuple[int, int, int]:
     "Height and width of an upright JPEG, and its EXIF orientation."
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            kind, size = image.format, image.size
-            turn = image.getexif().get(_ORIENTATION, 1) if kind in _KINDS else 1
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {path}: {error}") from error
+    with open_image(file, rules) as image:
+        kind = image.format
+        width, height = image.size
+        turn = image.getexif().get(_ORIENTATION, 1) if kind in _KINDS else 1
     if kind not in _KINDS:
-        raise ValueError(f"{path} is no JPEG but {kind}: convert it, or use decode='workers'")
-    turn = turn if turn in range(1, 9) else 1
-    width, height = size[::-1] if turn >= 5 else size
-    return height, width, turn
+        raise ValueError(f"{quoted(file)} is no JPEG but {kind}: convert it, "
+                         "or use decode='workers'")
+    if turn not in range(1, 9): turn = 1
+    return (width, height, turn) if turn >= 5 else (height, width, turn)
 
 # %% ../../nbs/images/05_files.ipynb #11b98bc9
-def _read_jpeg(path: str | Path | io.BytesIO) -> tuple[Tensor, int, int, int]:
+def _read_jpeg(
+    path: str | Path | io.BytesIO,  # File, or its content
+    rules: PixelRules = PixelRules(),  # Limit of pixels
+) -> tuple[Tensor, int, int, int]:
     "Bytes of a JPEG, height and width when upright, EXIF orientation."
+    header = _jpeg_header(path, rules)
     data = path.getvalue() if isinstance(path, io.BytesIO) else Path(path).read_bytes()
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8), *_jpeg_header(data, path)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8), *header
 
 # %% ../../nbs/images/05_files.ipynb #4bfa3566
 def _decode(encoded: list[Tensor], device: str | torch.device) -> list[Tensor]:
@@ -65,7 +69,7 @@ def _decode_one(data: Tensor, name: object, device: str | torch.device) -> Tenso
         try: return _decode([data], place)[0].to(device)
         except torch.cuda.OutOfMemoryError: raise
         except RuntimeError as error: reason = str(error).split(", ")[-1]
-    raise ValueError(f"cannot read image {name}: {reason}")
+    raise ValueError(f"cannot read image {quoted(name)}: {reason}")
 
 # %% ../../nbs/images/05_files.ipynb #15db1746
 def _decode_jpegs(
@@ -89,13 +93,14 @@ def _upright(image: Tensor, turn: int) -> Tensor:
 # %% ../../nbs/images/05_files.ipynb #b4357897
 def read_pixels(
     path: str | Path | io.BytesIO,  # Image file, or image in a shard
+    rules: PixelRules = PixelRules(),  # Limit of pixels, ranges of deep values
 ) -> Tensor:  # `(3, H, W)`, uint8, upright
     "Pixels of an image; raises `ValueError` that names the file if it is damaged."
     try:
-        encoded, *_, turn = _read_jpeg(path)
+        encoded, *_, turn = _read_jpeg(path, rules)
         return _upright(_decode_jpegs([encoded], [path])[0], turn)
     except FileNotFoundError: raise
-    except (OSError, ValueError, ImportError): return image_tensor(read_image(path))
+    except (OSError, ValueError, ImportError): return image_tensor(read_image(path, rules))
 
 # %% ../../nbs/images/05_files.ipynb #b078c220
 def central_square(
@@ -116,11 +121,12 @@ class CleanFiles:
     paths: Sequence[Path]  # Image files, or images in shards
     labels: Tensor  # `(N,)`, int64; -1: unknown
     size: int  # Side of the squares, in pixels
+    rules: PixelRules = PixelRules()  # How they are read
 
     def __len__(self): return len(self.paths)
 
     def __getitem__(self, i):
-        image = central_square(read_image(self.paths[i]), self.size)
+        image = central_square(read_image(self.paths[i], self.rules), self.size)
         return image_tensor(image), self.labels[i]
 
 # %% ../../nbs/images/05_files.ipynb #363dd7b3
@@ -144,16 +150,19 @@ class ImageFiles:
     paths: Sequence[Path]  # Image files, or images in shards
     labels: Tensor  # `(N,)`, int64; -1: unknown
     crop: RandomResizedCrop  # The crop of the policy
+    rules: PixelRules = PixelRules()  # How they are read
 
     def __len__(self): return len(self.paths)
-    def new_empty(self) -> "ImageFiles": return type(self)([], self.labels[:0], self.crop)
+
+    def new_empty(self) -> "ImageFiles":
+        return type(self)([], self.labels[:0], self.crop, self.rules)
 
     def clean(self, size: int) -> "CleanFiles":
         "One central square of each image."
-        return CleanFiles(self.paths, self.labels, size)
+        return CleanFiles(self.paths, self.labels, size, self.rules)
 
     def __getitem__(self, i):
-        pixels = read_pixels(self.paths[i])
+        pixels = read_pixels(self.paths[i], self.rules)
         boxes, flips = self.crop.draw(2, *pixels.shape[1:])
         pair = zip(boxes.tolist(), flips, strict=True)
         return torch.stack([_cropped(pixels, *drawn, self.crop) for drawn in pair]), self.labels[i]
@@ -168,7 +177,7 @@ class JpegFiles(ImageFiles):
     crop: RandomResizedCrop  # The crop of the policy
 
     def __getitem__(self, i):
-        encoded, height, width, turn = _read_jpeg(self.paths[i])
+        encoded, height, width, turn = _read_jpeg(self.paths[i], self.rules)
         boxes, flips = self.crop.draw(2, height, width)
         return encoded, turn, boxes, flips, self.labels[i], i
 

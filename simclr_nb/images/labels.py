@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .listing import IMAGE_SUFFIXES
+from .listing import IMAGE_SUFFIXES, Items
+from ..core.choices import quoted
 from ..core.store import write_atomic
 
 # %% ../../nbs/images/07_labels.ipynb #250a9c0c
@@ -76,11 +77,18 @@ def _check_names(names: Sequence[str], origin: str) -> None:
         lines[name] = line
 
 # %% ../../nbs/images/07_labels.ipynb #2e87728a
-def _list_name(path: str | Path) -> str:
-    "Name of an image in a list: that of the file, after that of its folder where it lacks it."
-    folder, name = os.path.split(path)
-    folder = os.path.basename(folder)
-    return name if not folder or name.startswith(f"{folder}_") else f"{folder}_{name}"
+def _class_names(images: Sequence[str | Path]) -> list[str]:
+    "Class of each image of a source; of others, the name of its folder."
+    names = [os.path.basename(os.path.dirname(image)) for image in images]
+    if not isinstance(images, Items): return names
+    groups = images.group[images.rows]
+    return [images.groups[i] if i >= 0 else name for i, name in zip(groups, names, strict=True)]
+
+
+def _list_name(image: str | Path, label: str) -> str:
+    "Name of an image in a list: that of the file, after that of its class where it lacks it."
+    name = os.path.basename(image)
+    return name if not label or name.startswith(f"{label}_") else f"{label}_{name}"
 
 # %% ../../nbs/images/07_labels.ipynb #092fbb1e
 def save_label_list(
@@ -88,7 +96,7 @@ def save_label_list(
     path: str | Path,  # File to write; its folder must exist
 ) -> Path:
     "Write a list, whole or not at all; raises `ValueError` for names that no list can hold."
-    names = [_list_name(image) for image in images]
+    names = list(map(_list_name, images, _class_names(images)))
     _check_names(names, "images")
     return write_atomic(path, "".join(f"{name}\n" for name in names).encode())
 
@@ -101,7 +109,7 @@ def load_label_list(
     if not path.is_file(): raise FileNotFoundError(f"no label list {str(path)!r}")
     try: names = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as e: raise ValueError(f"{str(path)!r} is no text: {e}") from None
-    _check_names([] if names == [""] else names, str(path))
+    _check_names([] if names == [""] else names, quoted(path))
     return names
 
 # %% ../../nbs/images/07_labels.ipynb #cd4f15d8
@@ -117,7 +125,7 @@ def _check_balance(counts: Counter) -> None:
 def _only_file(line: int, name: str, rows: list[int], images: Sequence[str | Path]) -> int:
     "Row of the one file that a line names; raises `ValueError` if it names none or several."
     if len(rows) == 1: return rows[0]
-    several = f"may be {images[rows[0]]} or {images[rows[1]]}" if rows else ""
+    several = f"may be {quoted(images[rows[0]])} or {quoted(images[rows[1]])}" if rows else ""
     raise ValueError(f"line {line} of the list: {name!r} {several or 'is not in the data'}")
 
 # %% ../../nbs/images/07_labels.ipynb #1e4bba3d
@@ -130,16 +138,15 @@ def match_list(
     _check_names(names, "list")
     listed = set(names)
     places = defaultdict(list)
-    folders = []
-    for i, image in enumerate(images):
-        folder, name = os.path.split(image)
-        folders.append(os.path.basename(folder))
-        for key in {name, f"{folders[-1]}_{name}"} & listed: places[key].append(i)
+    labels = _class_names(images)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        name = os.path.basename(image)
+        for key in {name, f"{label}_{name}"} & listed: places[key].append(i)
     rows = [_only_file(i, name, places[name], images) for i, name in enumerate(names, 1)]
     for row, count in Counter(rows).items():
-        if count > 1: raise ValueError(f"the list has {images[row]} under two names")
-    if len(set(folders)) < 2: folders = [os.path.basename(i).partition("_")[0] for i in images]
-    counts = Counter(dict.fromkeys(folders, 0))
-    counts.update(folders[row] for row in rows)
+        if count > 1: raise ValueError(f"the list has {quoted(images[row])} under two names")
+    if len(set(labels)) < 2: labels = [os.path.basename(i).partition("_")[0] for i in images]
+    counts = Counter(dict.fromkeys(labels, 0))
+    counts.update(labels[row] for row in rows)
     if balanced: _check_balance(counts)
     return torch.tensor(rows).sort().values

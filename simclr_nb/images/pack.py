@@ -19,9 +19,11 @@ from pathlib import Path
 
 from fastcore.basics import chunked, patch
 
+from ..core.choices import quoted
 from .arrays import ImageArrays
 from ..core.work import with_progress
-from .source import Source, find_source, probe_image
+from .pixels import probe_image
+from .source import Source, find_source
 from simclr_nb.core.store import (
     atomic_file,
     check_same_settings,
@@ -55,7 +57,7 @@ def load(self: _Part, row: int) -> tuple[list[tuple[str, bytes]], str]:
     content = path.read_bytes()
     members = [(f"{row:08}{path.suffix.lower()}", content),
                (f"{row:08}.json", json.dumps(about).encode())]
-    return members, probe_image(io.BytesIO(content))[1]
+    return members, probe_image(io.BytesIO(content)).reason
 
 @patch
 def samples(self: _Part, start: int) -> Iterator[tuple[int, tuple]]:
@@ -96,8 +98,8 @@ def _fill(file, part: _Part, samples: Iterator, limits: tuple[int, int], skip_ba
         for row, (members, reason) in samples:
             if reason and not skip_bad:
                 advice = "remove it, or leave such files out with skip_bad"
-                raise ValueError(f"cannot read image {part.paths[row]}: {reason}; {advice}")
-            if reason: bad.append(f"{part.below(row)}: {reason}")
+                raise ValueError(f"cannot read image {quoted(part.paths[row])}: {reason}; {advice}")
+            if reason: bad.append(f"{quoted(part.below(row))}: {reason}")
             else:
                 _add(tar, members)
                 count += 1
@@ -144,7 +146,8 @@ def _parts(source: Source) -> list[_Part]:
     sets = dict(train=source.train, valid=source.valid)
     for paths in sets.values():
         if isinstance(paths, ImageArrays) or not all(isinstance(p, Path) for p in paths[:1]):
-            raise ValueError(f"{source.name} has no image files to pack: give a folder of images")
+            name = quoted(source.name)
+            raise ValueError(f"{name} has no image files to pack: give a folder of images")
     root = os.path.commonpath([p.parent for paths in sets.values() for p in paths])
     return [_Part(name, paths, source.labels(paths), source.classes, root)
             for name, paths in sets.items() if len(paths)]
@@ -164,15 +167,16 @@ def _begin(out: Path, plan: dict) -> dict:
     path = out / "manifest.json"
     if not path.exists():
         if others := [p.name for p in out.iterdir() if p.name[0] != "."]:
-            raise ValueError(f"{out} holds {others[0]} and no conversion: give an empty folder")
+            holds = f"{quoted(out)} holds {quoted(others[0])}"
+            raise ValueError(f"{holds} and no conversion: give an empty folder")
         return plan | dict(parts=dict(train=[], valid=[]))
     try:
         manifest = json.loads(path.read_bytes())
         saved = {key: manifest.get(key) for key in plan}
         parts = {name: list(manifest["parts"][name]) for name in ("train", "valid")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): give an empty folder") from error
-    begun = f"the conversion in {out}"
+        raise ValueError(f"{quoted(path)} is damaged ({error}): give an empty folder") from error
+    begun = f"the conversion in {quoted(out)}"
     check_same_settings(begun, saved, plan, {"complete"}, "give an empty folder")
     remove_unfinished(out)
     return plan | dict(parts=parts)
@@ -184,7 +188,7 @@ def write_shards(
     max_count: int = 10_000,  # Images in a shard
     max_size: int = 500_000_000,  # Bytes after which a shard gets no further image
     skip_bad: bool = False,  # Leave damaged files out, and list them in the manifest
-    progress: bool = True,  # Show a bar with ETA
+    progress: bool = True,  # Show a bar with ETA, and a line that says what the folder holds
 ) -> dict:  # The manifest
     "Pack images into shards, or go on with it; raises `ValueError`, also for another conversion."
     from filelock import FileLock, Timeout  # comes with torch
@@ -193,6 +197,7 @@ def write_shards(
         raise ValueError(f"max_count and max_size must be at least 1: {max_count}, {max_size}")
     source = find_source(data)
     parts = _parts(source)
+    if progress and source.found: print(source.found)
     out = Path(out)
     plan = dict(version=1, complete=False, data=source.name, classes=source.classes,
                 split=source.split, max_count=max_count, max_size=max_size, skip_bad=skip_bad,
@@ -204,7 +209,7 @@ def write_shards(
             if not (out / "manifest.json").exists(): _save_manifest(out, manifest)
             for part in parts: _pack_part(out, manifest, part, progress)
             _save_manifest(out, manifest | dict(complete=True))
-    except Timeout: raise ValueError(f"another process is writing to {out}") from None
+    except Timeout: raise ValueError(f"another process is writing to {quoted(out)}") from None
     return manifest | dict(complete=True)
 
 # %% ../../nbs/images/08_pack.ipynb #693ecf62
@@ -221,11 +226,11 @@ def verify_shards(
 ) -> list[str]:  # What is wrong, one line per shard; empty if nothing is
     "Compare all shards with the checksums of their manifest; raises as `read_manifest` does."
     manifest = read_manifest(folder)
-    if manifest is None: raise FileNotFoundError(f"no manifest.json in {folder}")
+    if manifest is None: raise FileNotFoundError(f"no manifest.json in {quoted(folder)}")
     wrong = []
     for shard in [shard for part in manifest["parts"].values() for shard in part]:
         path = Path(folder) / shard["name"]
         if not shard["samples"]: continue
-        if not path.is_file(): wrong.append(f"{path}: missing")
-        elif _sha256(path) != shard["sha256"]: wrong.append(f"{path}: checksum differs")
+        if not path.is_file(): wrong.append(f"{quoted(path)}: missing")
+        elif _sha256(path) != shard["sha256"]: wrong.append(f"{quoted(path)}: checksum differs")
     return wrong

@@ -22,14 +22,15 @@ import numpy as np
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
-from ..core.choices import check_choice
+from ..core.choices import check_choice, quoted
 from ..core.remote import Copies, is_remote
 from ..core.store import keep_cache, read_cache
-from .listing import IMAGE_SUFFIXES, Items, Strings
+from .listing import IMAGE_SUFFIXES, Items, Strings, has_images
 
 # %% ../../nbs/images/02_shards.ipynb #bd1493ab
 def _bad_shard(address: str, reason: object) -> ValueError:
-    return ValueError(f"cannot read shard {address}: {reason}; shards are uncompressed tar files: "
+    return ValueError(f"cannot read shard {quoted(address)}: {reason}; "
+                      "shards are uncompressed tar files: "
                       "copy or make it anew")
 
 # %% ../../nbs/images/02_shards.ipynb #d884c623
@@ -80,19 +81,27 @@ def _samples(path: Path, address: str) -> Iterator[tuple[str, int, int, str]]:
             if not image: continue
             try: yield *image, _label(label_files)
             except (ValueError, RecursionError) as error:
-                raise _bad_shard(address, f"label of {image[0]}: {error}") from None
+                raise _bad_shard(address, f"label of {quoted(image[0])}: {error}") from None
 
 # %% ../../nbs/images/02_shards.ipynb #924688c3
+def _tars(folder: str) -> list[str]:
+    "Tar files in a folder, sorted."
+    return sorted(filter(os.path.isfile, glob(os.path.join(escape(folder), "*.tar"))))
+
+
 def _existing(address: str) -> list[str]:
     "Addresses of the tar files that a folder, a pattern or an address without braces stands for."
     if is_remote(address):
         if ".tar" in address: return [address]
         advice = "; name remote ones, as in train-{000..146}.tar"
-        raise FileNotFoundError(f"no such shard, or folder of .tar files: {address}{advice}")
-    pattern = os.path.join(escape(address), "*.tar") if os.path.isdir(address) else address
-    paths = sorted(glob(pattern))
+        what = f"no such shard, or folder of .tar files: {quoted(address)}"
+        raise FileNotFoundError(f"{what}{advice}")
+    if os.path.isdir(address): paths = _tars(address)
+    else: paths = sorted(filter(os.path.isfile, glob(address)))
     if not paths and os.path.isfile(address): paths = [address]  # brackets in a name are no pattern
-    if not paths: raise FileNotFoundError(f"no such shard, or folder of .tar files: {address}")
+    if not paths:
+        what = "no such shard, or folder of .tar files"
+        raise FileNotFoundError(f"{what}: {quoted(address)}")
     return paths
 
 # %% ../../nbs/images/02_shards.ipynb #51c91582
@@ -113,10 +122,10 @@ def expand_shards(
 def is_shards(
     data: object,  # Anything
 ) -> bool:
-    "Whether this names shards: an address, a `.tar` file or pattern, or a folder of such files."
+    "Whether this names shards: address, `.tar` file, pattern, or folder of them without images."
     if not isinstance(data, (str, Path)): return False
     if is_remote(str(data)) or str(data).endswith(".tar"): return True
-    return bool(os.path.isdir(data) and glob(os.path.join(escape(str(data)), "*.tar")))
+    return os.path.isdir(data) and bool(_tars(str(data))) and not has_images(data)
 
 # %% ../../nbs/images/02_shards.ipynb #c210d6e4
 class ShardImage(io.BytesIO):
@@ -169,7 +178,7 @@ def _open(self: ShardIndex, shard: int) -> io.BufferedReader:
     address = self.addresses[shard]
     try: return open(self.copies.local(address, self.sizes[shard]), "rb")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"no such shard: {address}") from error
+        raise FileNotFoundError(f"no such shard: {quoted(address)}") from error
 
 # %% ../../nbs/images/02_shards.ipynb #af365321
 @patch
@@ -180,7 +189,8 @@ def item(self: ShardIndex, row: int) -> ShardImage:
     with self._open(shard) as file:
         file.seek(self.offset[row])
         content = file.read(size)
-    if len(content) < size: raise ValueError(f"cannot read image {name}: shard is cut short")
+    if len(content) < size:
+        raise ValueError(f"cannot read image {quoted(name)}: shard is cut short")
     return ShardImage(content, name)
 
 # %% ../../nbs/images/02_shards.ipynb #2c310e29
@@ -200,8 +210,9 @@ def read_manifest(
         names = [shard["name"] for part in manifest["parts"].values() for shard in part]
         complete = manifest["complete"] and all(re.fullmatch(r"[\w-]+\.tar", n) for n in names)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{data}: manifest.json is damaged: {error}") from error
-    if not complete: raise ValueError(f"{data}: write_shards has not finished; call it again")
+        raise ValueError(f"{quoted(data)}: manifest.json is damaged: {error}") from error
+    if not complete:
+        raise ValueError(f"{quoted(data)}: write_shards has not finished; call it again")
     return manifest
 
 # %% ../../nbs/images/02_shards.ipynb #d071b828
@@ -259,7 +270,8 @@ def _stamps(addresses: Sequence[str], sizes: Sequence[int | None]) -> list:
     stamps = []
     for address, size in zip(addresses, sizes, strict=True):
         if is_remote(address): stamps.append((address, size, 0))
-        elif not os.path.isfile(address): raise FileNotFoundError(f"no such shard: {address}")
+        elif not os.path.isfile(address):
+            raise FileNotFoundError(f"no such shard: {quoted(address)}")
         else:
             stat = os.stat(address)
             if size not in (None, stat.st_size):
@@ -280,7 +292,7 @@ def open_shards(
     is_one = isinstance(data, (str, Path)) and ".tar" not in str(data)
     manifest = read_manifest(data, cache) if is_one else None
     if manifest:
-        check_choice(f"part of {data}", part, manifest["parts"])
+        check_choice(f"part of {quoted(data)}", part, manifest["parts"])
         shards = [shard for shard in manifest["parts"][part] if shard["samples"]]
         addresses = [_join(data, shard["name"]) for shard in shards]
         sizes = [shard["bytes"] for shard in shards]

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['NAMED_SOURCES', 'find_images', 'Source', 'folder_source', 'shard_source', 'digits_source', 'cifar10_source',
-           'find_source', 'probe_image']
+           'is_built_in', 'find_source']
 
 # %% ../../nbs/images/06_source.ipynb #98b49aa2
-import io
+import math
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,9 +19,13 @@ import torch
 from PIL import Image
 from fastcore.basics import patch
 
+from ..core.processes import is_main
+from ..core.choices import quoted
 from ..core.work import in_threads, with_progress
 from .arrays import ImageArrays, load_arrays
-from .listing import Items, index_images
+from .layout import read_layout
+from .listing import Items, has_images, index_images
+from .pixels import PixelRules, PixelSummary, probe_image
 from .shards import ShardIndex, is_shards, open_shards
 from fastai.data.external import URLs, untar_data
 
@@ -42,6 +48,9 @@ class Source:
     split: str = "as given"  # How validation images were chosen
     skipped: list[str] = field(default_factory=list)  # Damaged files left out, and why
     size: tuple[int, int] | None = None  # Width and height of all files, where `check` found one
+    found: str = ""  # What was understood of a folder or of shards, in one line
+    policy: str = "auto"  # Name of the policy that suits the images
+    rules: PixelRules = PixelRules()  # How files are read, as `check` found
 
     @property
     def in_memory(self) -> bool:
@@ -49,7 +58,7 @@ class Source:
         return isinstance(self.train, ImageArrays)
 
     def labels(self, paths: Sequence[Path]) -> list[int]:
-        "Label of each file; -1 without labels."
+        "Label of each file, in a plain list by the name of its folder; -1 without labels."
         if isinstance(paths, Items): return paths.labels(self.classes).tolist()
         index = {name: i for i, name in enumerate(self.classes)}
         return [index.get(path.parent.name, -1) for path in paths]
@@ -60,28 +69,25 @@ def _hold_out(name: str, items: Items, classes: list[str], share: float) -> Sour
     n = max(round(share * len(items)), 2)
     return Source(name, items[n:], items[:n], classes, f"{n} images held out by a fixed seed")
 
+
+def _say(source: Source, labels: str) -> str:
+    "What was understood of some data, in one line."
+    sizes = f"{len(source.train):,} training and {len(source.valid):,} validation images"
+    return f"{source.name}: {sizes} ({source.split}), {labels}"
+
 # %% ../../nbs/images/06_source.ipynb #3b727108
 def folder_source(
     folder: str | Path,  # Images, perhaps in sub-folders
     name: str | None = None,  # Name in reports; the folder's by default
     valid_share: float = 0.1,  # Share held out where the folder has no validation set of its own
 ) -> Source:
-    "Source from a folder, by its layout; raises as `find_images` does."
-    folder = Path(folder)
-    held_out = [folder / v for v in ("test", "valid", "val", "validation") if (folder / v).is_dir()]
-    given = (folder / "train").is_dir() and held_out
-    root = folder / "train" if given else folder
-    train = index_images(root)
-    valid = index_images(held_out[0]) if given else train[:0]
-    parents = set(train.parents)
-    classes = sorted({p.name for p in parents}) if root not in parents and len(parents) > 1 else []
-    unknown = sorted({p.name for p in valid.parents} - set(classes)) if classes else []
-    if unknown:
-        raise ValueError(f"no training images of class {unknown[0]!r}, which {held_out[0]} has")
-    name = name or folder.name
-    train = train.deal()
-    if given: return Source(name, train, valid.deal(), classes, f"{held_out[0].name} folder")
-    return _hold_out(name, train, classes, valid_share)
+    "Source from a folder, by its layout; raises as `find_images` and `read_layout` do."
+    layout = read_layout(index_images(folder))
+    name = name or quoted(os.path.basename(os.path.abspath(folder)))
+    train = layout.train.deal()
+    if layout.valid is None: source = _hold_out(name, train, layout.classes, valid_share)
+    else: source = Source(name, train, layout.valid.deal(), layout.classes, layout.split)
+    return replace(source, found=_say(source, layout.labels + layout.notes))
 
 # %% ../../nbs/images/06_source.ipynb #e6ec9c5d
 def shard_source(
@@ -93,10 +99,13 @@ def shard_source(
     train = open_shards(data)
     manifest = train.manifest
     first = data if isinstance(data, (str, Path)) else data[0]
-    name = name or (manifest["data"] if manifest else Path(str(first)).stem)
+    name = name or quoted(manifest["data"] if manifest else Path(str(first)).stem)
     if manifest and manifest["parts"]["valid"]:
-        return Source(name, train, open_shards(data, "valid"), train.groups, manifest["split"])
-    return _hold_out(name, train.deal(), train.groups, valid_share)
+        source = Source(name, train, open_shards(data, "valid"), train.groups, manifest["split"])
+    else: source = _hold_out(name, train.deal(), train.groups, valid_share)
+    labels = f"{len(source.classes):,} classes" if source.classes else "no labels"
+    n = len(train.addresses)
+    return replace(source, found=_say(source, f"{labels} from {n:,} shard{'s' if n > 1 else ''}"))
 
 # %% ../../nbs/images/06_source.ipynb #6621eebd
 def digits_source() -> Source:  # 1,347 training and 450 validation images, 8 x 8
@@ -109,7 +118,8 @@ def digits_source() -> Source:  # 1,347 training and 450 validation images, 8 x 
     labels = torch.from_numpy(digits.target).long()
     train = ImageArrays(images[:-450], labels[:-450])
     valid = ImageArrays(images[-450:], labels[-450:])
-    return Source("digits", train, valid, [str(i) for i in range(10)], "last 450 images")
+    return Source("digits", train, valid, [str(i) for i in range(10)], "last 450 images",
+                  policy="digits")
 
 # %% ../../nbs/images/06_source.ipynb #688c44e4
 def cifar10_source() -> Source:  # 50,000 training and 10,000 test images, 32 x 32
@@ -119,18 +129,30 @@ def cifar10_source() -> Source:  # 50,000 training and 10,000 test images, 32 x 
 # %% ../../nbs/images/06_source.ipynb #9813d61e
 NAMED_SOURCES = dict(digits=digits_source, cifar10=cifar10_source)
 
+# %% ../../nbs/images/06_source.ipynb #f807615b
+def is_built_in(
+    data: object,  # Name of a data set, or anything else
+) -> bool:
+    "Whether this names a built-in data set, and no folder of images or shards of that name."
+    return str(data) in NAMED_SOURCES and not (has_images(data) or is_shards(data))
+
 # %% ../../nbs/images/06_source.ipynb #6266fce8
 def find_source(
     data: str | Path | Source,  # Name of a data set, folder, or a source as it is
 ) -> Source:
-    "Source by name or folder; raises `FileNotFoundError` for neither."
+    "Source by name or folder, where a folder comes first; raises `FileNotFoundError` for neither."
     if isinstance(data, Source): return data
-    if str(data) in NAMED_SOURCES: return NAMED_SOURCES[str(data)]()
-    if is_shards(data): return shard_source(data)
-    if not Path(data).is_dir():
+    if is_built_in(data):
+        source = NAMED_SOURCES[str(data)]()
+        if not os.path.isdir(data): return source
+        found = f"{data}: the built-in data set; the folder {data} has no image"
+        return replace(source, found=found)
+    if not is_shards(data) and not os.path.isdir(data):
         named = f"named data sets are {', '.join(NAMED_SOURCES)}"
         raise FileNotFoundError(f"no such folder or data set: {str(data)!r}; {named}")
-    return folder_source(data)
+    source = shard_source(data) if is_shards(data) else folder_source(data)
+    if str(data) not in NAMED_SOURCES: return source
+    return replace(source, found=f"{source.found}; this folder, not the built-in data set {data}")
 
 # %% ../../nbs/images/06_source.ipynb #bc79d650
 @patch
@@ -144,48 +166,65 @@ def take(
     if self.in_memory: train, valid = ImageArrays(*train), ImageArrays(*valid)
     return replace(self, train=train, valid=valid)
 
-# %% ../../nbs/images/06_source.ipynb #91f9a919
-def probe_image(
-    file: str | Path | io.BytesIO,  # Image file, or its content
-) -> tuple[tuple[int, int], str]:  # Upright width and height, and why it cannot be decoded, or ""
-    "Size of an image, found by decoding it; a JPEG is decoded at an eighth of its size."
-    try:
-        with Image.open(file) as image:
-            size = image.size
-            if image.getexif().get(0x0112, 1) >= 5: size = size[::-1]  # stored lying on its side
-            image.draft("RGB", (size[0] // 8, size[1] // 8))
-            image.load()
-            return size, ""
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return (0, 0), str(error)
-
 # %% ../../nbs/images/06_source.ipynb #feb7262f
-def _probe_all(paths: Sequence[Path], progress: bool) -> tuple[np.ndarray, dict[int, str]]:
+def _probe_all(paths: Sequence[Path], progress: bool, rules: PixelRules,
+               summary: PixelSummary) -> tuple[np.ndarray, dict[int, str]]:
     "Sizes `(N, 2)` of images, and by row why one cannot be decoded; holds no list of all paths."
     sizes = np.zeros((len(paths), 2), np.int32)
     bad = {}
-    probes = in_threads(lambda row: probe_image(paths[row]), len(paths))
-    for row, (size, reason) in enumerate(with_progress(probes, len(paths), progress)):
-        sizes[row] = size
-        if reason: bad[row] = f"{paths[row]}: {reason}"
+    probes = in_threads(lambda row: probe_image(paths[row], rules), len(paths))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is an error
+        for row, probe in enumerate(with_progress(probes, len(paths), progress)):
+            sizes[row] = probe.size
+            summary.add(probe)
+            if probe.reason: bad[row] = f"{quoted(paths[row])}: {probe.reason}"
     return sizes, bad
+
+# %% ../../nbs/images/06_source.ipynb #0f402584
+def _settled(summary: PixelSummary, rules: PixelRules) -> PixelRules:
+    "The rules with the ranges that were found, which are printed."
+    rules = summary.rules(rules)
+    if is_main():
+        for line in summary.lines(rules): print(line)
+    return rules
+
+
+def _sample(paths: Sequence[Path]) -> Sequence[Path]:
+    "At most 256 images from all over a set; of remote shards, from one."
+    if len(paths) and getattr(paths, "is_remote", False):
+        paths = paths[paths.shards == paths.shards[0]]
+    return paths[:: max(math.ceil(len(paths) / 256), 1)]
 
 # %% ../../nbs/images/06_source.ipynb #60d56153
 def _refuse(bad: list[str], n: int, skip_bad: bool) -> None:
     "Stop for damaged files, unless they may be skipped and some are left."
     if bad and not skip_bad:
         others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        advice = "remove it, or skip such files with skip_bad (--skip-bad)"
+        advice = "mend or remove it, or skip such files with skip_bad (--skip-bad)"
         raise ValueError(f"cannot read image {bad[0]}{others}; {advice}")
     if len(bad) == n: raise ValueError(f"all {n} image files are damaged, the first: {bad[0]}")
 
 # %% ../../nbs/images/06_source.ipynb #5002e7f8
-def _without(sets: list[Sequence[Path]], bad: list[dict[int, str]]) -> list[list[Path]]:
+class _Files(Items):
+    "Files in the order of a list, each with its class."
+
+    def __init__(self, files: list[Path], labels: list[int], classes: list[str]):
+        super().__init__(np.array(labels, np.int32), classes)
+        self.files = files
+
+    def item(self, row: int) -> Path: return self.files[row]
+
+
+def _without(source: Source, bad: list[dict[int, str]]) -> list[_Files]:
     "Sound files of both sets; moves training files over if fewer than two are left to validate."
-    sets = [[path for row, path in enumerate(paths) if row not in damaged]
-            for paths, damaged in zip(sets, bad, strict=True)]
-    while len(sets[1]) < 2 < len(sets[0]): sets[1].append(sets[0].pop())
-    return sets
+    kept = []
+    for paths, damaged in zip((source.train, source.valid), bad, strict=True):
+        labelled = zip(paths, source.labels(paths), strict=True)
+        kept.append([pair for row, pair in enumerate(labelled) if row not in damaged])
+    while len(kept[1]) < 2 < len(kept[0]): kept[1].append(kept[0].pop())
+    return [_Files([path for path, _ in pairs], [label for _, label in pairs], source.classes)
+            for pairs in kept]
 
 # %% ../../nbs/images/06_source.ipynb #c7383a91
 _CHECK_UP_TO = 200_000  # Files that are decoded once before a run; more are looked at when read
@@ -195,20 +234,26 @@ def check(
     self: Source,
     skip_bad: bool = False,  # Leave damaged files out instead of raising
     progress: bool = True,  # Show a progress bar with ETA
-) -> Source:  # Its `skipped` and `size` say what was found
+    rules: PixelRules = PixelRules(),  # Limit of pixels, and ranges of deep values if given
+) -> Source:  # Its `skipped`, `size` and `rules` say what was found
     "Decode every file; raises `ValueError` that names the first damaged one, counts the others."
     if self.in_memory: return self
     sets = [self.train, self.valid]
     n_files = sum(map(len, sets))
-    if n_files < 4: raise ValueError(f"expected at least 4 images, got {n_files}")
-    if n_files > _CHECK_UP_TO or isinstance(self.train, ShardIndex): return self
-    probed = [_probe_all(paths, progress) for paths in sets]
+    found = f" ({self.found})" if self.found else ""
+    if n_files < 4: raise ValueError(f"expected at least 4 images, got {n_files}{found}")
+    summary = PixelSummary()
+    if n_files > _CHECK_UP_TO or isinstance(self.train, ShardIndex):
+        for paths in sets: _probe_all(_sample(paths), False, rules, summary)
+        return replace(self, rules=_settled(summary, rules))
+    probed = [_probe_all(paths, progress, rules, summary) for paths in sets]
     skipped = [line for _, bad in probed for line in bad.values()]
     _refuse(skipped, n_files, skip_bad)
-    if skipped: sets = _without(sets, [bad for _, bad in probed])
+    if skipped: sets = _without(self, [bad for _, bad in probed])
     sizes = np.concatenate([np.delete(sizes, [*bad], 0) for sizes, bad in probed])
     size = tuple(sizes[0].tolist()) if (sizes == sizes[0]).all() else None
-    return replace(self, train=sets[0], valid=sets[1], skipped=skipped, size=size)
+    rules = _settled(summary, rules)
+    return replace(self, train=sets[0], valid=sets[1], skipped=skipped, size=size, rules=rules)
 
 # %% ../../nbs/images/06_source.ipynb #6abdc3e1
 _SMALL = 128  # Pixels; images up to this width and height are kept in memory
@@ -220,6 +265,6 @@ def load(
 ) -> Source:  # Itself, unless `check` has found one small size
     "Small images of one size, decoded into memory."
     if self.in_memory or self.size is None or max(self.size) > _SMALL: return self
-    train = load_arrays(self.train, self.labels(self.train), progress)
-    valid = load_arrays(self.valid, self.labels(self.valid), progress)
+    train = load_arrays(self.train, self.labels(self.train), progress, self.rules)
+    valid = load_arrays(self.valid, self.labels(self.valid), progress, self.rules)
     return replace(self, train=train, valid=valid)

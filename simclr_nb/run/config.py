@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from ..core.choices import check_choice
+from ..images.source import is_built_in
 from ..learner import BASE_LR, simclr_learner
 from ..loss.tiled import NTXent
 from ..methods.amdim import amdim_encoder, amdim_learner
@@ -43,6 +44,8 @@ class RunConfig:
     workers: int | None = None  # Processes that decode large images; all cores
     n_train: int | None = None  # Use only so many training images, balanced over classes
     n_valid: int | None = None  # Use only so many validation images
+    max_pixels: int | None = None  # Refuse images of more pixels; 89 million
+    pixel_range: str | None = None  # Deep values that become 0 and 255, =0,4095; as found in them
     skip_bad: bool = False  # Skip damaged image files, count and list them, instead of stopping
     out: str | None = None  # Folder of the run; a new one under "runs" by default
     resume: bool = False  # Go on with the run in that folder, or begin it if there is none
@@ -66,7 +69,7 @@ LEARNER_OPTIONS = ("precision", "micro_batch", "compiled")  # settings for the l
 # %% ../../nbs/run/00_config.ipynb #5a554072
 def _simclr_defaults(config: RunConfig) -> dict:
     "Values for SimCLR, for short runs."
-    is_digits = config.data == "digits"
+    is_digits = config.data == "digits" and is_built_in("digits")
     values = dict(arch="resnet18", width=0.25, epochs=60 if is_digits else 12,
                   temperature=0.5 if is_digits else 0.2)
     if config.scaling in BASE_LR: values["lr"] = 2 * BASE_LR[config.scaling]
@@ -85,8 +88,8 @@ def _check_simclr(config: RunConfig) -> None:
 # %% ../../nbs/run/00_config.ipynb #002ebefd
 def _amdim_defaults(config: RunConfig) -> dict:
     "Values for AMDIM, for short runs."
-    is_digits = config.data == "digits"
-    size = 32 if config.data in ("digits", "cifar10") else 64
+    is_digits = config.data == "digits" and is_built_in("digits")
+    size = 32 if is_built_in(config.data) else 64
     return dict(arch="amdim/32-256-2", epochs=10 if is_digits else 6, bs=96, lr=2e-3, size=size,
                 policy="digits" if is_digits else "amdim")
 

@@ -11,7 +11,7 @@ import json
 import pickle
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -19,19 +19,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..core.choices import check_choice
+from ..core.choices import check_choice, quoted
 from ..data import SimCLRDataLoaders, simclr_dls
 from ..transfer.datasets import TRANSFER_DATASETS, load_transfer
 from ..model.encoder import create_encoder, load_encoder
-from ..core.store import check_same_settings, write_atomic
-from ..evaluate.features import encoder_features
+from ..core.store import check_same_settings, read_json, write_atomic
+from ..evaluate.features import check_split, encoder_features
 from ..evaluate.frozen import knn_accuracy, linear_evaluation, logistic_accuracy
 from ..evaluate.tuning import finetune
 from ..images.labels import load_label_list, match_list
 from ..evaluate.result import Result, load_result
-from .report import report_html
+from .report import drawn_html, report_html
 from ..transfer.search import BUDGETS
-from ..core.show import figure_html, plot_accuracies
+from ..core.show import plot_accuracies
 from ..transfer.transfer import finetune_transfer, linear_transfer
 from ..transfer.table import transfer_table
 
@@ -121,6 +121,8 @@ class EvaluationConfig:
     budget: str = "small"  # Grid of transfer-finetune: small, medium or paper
     n_train: int | None = None  # Use only so many training images, balanced over classes
     n_valid: int | None = None  # Use only so many test images
+    max_pixels: int | None = None  # Refuse images of more pixels; 89 million
+    pixel_range: str | None = None  # Deep values that become 0 and 255, =0,4095; as found in them
     seed: int = 0  # Seed of everything that is random
     workers: int | None = None  # Processes that decode large images; all cores
     out: str | None = None  # Folder of the run, where a second call goes on; else under runs
@@ -169,20 +171,27 @@ def _open_folder(config: EvaluationConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "evaluation.json"
     if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        advice = "remove it, or give another folder (out)"
+        saved = read_json(path, advice, ("data", "weights_sha256"))
         check_same_settings(folder, saved, settings, advice="give another folder (out)")
     write_atomic(path, text.encode())
     return folder
+
+# %% ../../nbs/run/03_evaluate.ipynb #43723bdc
+def _loaders(config: EvaluationConfig, encoder: nn.Module) -> SimCLRDataLoaders:
+    "Images to evaluate on; raises `ValueError` where a score would say nothing."
+    size = config.size or getattr(encoder, "size", None)  # AMDIM's knows one only
+    dls = simclr_dls(config.data, size, config.bs, n_train=config.n_train,
+                     n_valid=config.n_valid, seed=config.seed, num_workers=config.workers,
+                     max_pixels=config.max_pixels, pixel_range=config.pixel_range)
+    check_split(dls)
+    return dls
 
 # %% ../../nbs/run/03_evaluate.ipynb #99767119
 def _tasks(config: EvaluationConfig, encoder: nn.Module, folder: Path) -> dict[str, Callable]:
     "Name of each result to what computes it; data are read when first needed."
     name = Path(config.encoder).name
-    @cache
-    def dls() -> SimCLRDataLoaders:
-        size = config.size or getattr(encoder, "size", None)  # AMDIM's knows one only
-        return simclr_dls(config.data, size, config.bs, n_train=config.n_train,
-                          n_valid=config.n_valid, seed=config.seed, num_workers=config.workers)
+    dls = cache(partial(_loaders, config, encoder))
     @cache
     def features(): return encoder_features(encoder, dls(), name, progress=True)
     common = dict(bs=config.bs or 256, seed=config.seed, name=name)
@@ -242,7 +251,7 @@ def _write_report(folder: Path, config: EvaluationConfig, results: dict[str, Res
     parts = {}
     if bars:
         caption = f"Accuracy on test images of {config.data}, with 95% intervals."
-        parts[caption] = figure_html(plot_accuracies(bars), caption)
+        parts[caption] = drawn_html(lambda: plot_accuracies(bars), caption)
     if transfer:
         caption = "Transfer, beside what the paper found with a ResNet-50, in %."
         parts[caption] = f"<div>{transfer_table(transfer, html=True)}</div>"
@@ -258,9 +267,10 @@ class EvaluationRun:
     results: dict[str, Result]  # Protocol to result
 
     def __str__(self):
-        width = max(map(len, self.results))
-        rows = [f"{name:{width}}  {result}" for name, result in self.results.items()]
-        return "\n".join([*rows, f"report: {self.folder / 'report.html'}"])
+        results = {quoted(name): result for name, result in self.results.items()}
+        width = max(map(len, results))
+        rows = [f"{name:{width}}  {result}" for name, result in results.items()]
+        return "\n".join([*rows, f"report: {quoted(self.folder / 'report.html')}"])
 
 # %% ../../nbs/run/03_evaluate.ipynb #a81f3c15
 def run_evaluation(
@@ -278,9 +288,9 @@ def run_evaluation(
         known = path.is_file()
         if known: results[name] = load_result(path)
         else:
-            print(f"{name} ...", flush=True)
+            print(f"{quoted(name)} ...", flush=True)
             results[name] = task()
             results[name].save(path)
         if not known or len(results) == len(tasks): _write_report(folder, config, results)
-        print(f"{name:20} {results[name]}", flush=True)
+        print(f"{quoted(name):20} {results[name]}", flush=True)
     return EvaluationRun(folder, results)

@@ -17,9 +17,15 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..core.processes import all_objects, from_main, is_main, join_processes, world_size
-from ..core.store import check_same_settings, write_atomic
+from ..core.choices import quoted
+from ..core.store import check_same_settings, read_json, write_atomic
 from ..data import SimCLRDataLoaders, simclr_dls
-from ..evaluate.features import encoder_features, pixel_features, random_encoder
+from simclr_nb.evaluate.features import (
+    check_split,
+    encoder_features,
+    pixel_features,
+    random_encoder,
+)
 from ..evaluate.frozen import knn_accuracy, logistic_accuracy
 from ..evaluate.result import Result, environment, speed
 from ..learner import SimCLRLearner
@@ -47,6 +53,7 @@ def _new_folder(config: RunConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     name = Path(config.data).name or "run"
+    name = "".join(c if c.isprintable() else "_" for c in name)  # a path that every library opens
     for i in range(1, 100_000):
         folder = Path("runs") / f"{name}-{i}"
         try: folder.mkdir(parents=True)
@@ -101,12 +108,13 @@ class Run:
     def __str__(self):
         lines = [f"{protocol:20} {name:10} {result}"
                  for protocol, column in self.results.items() for name, result in column.items()]
-        return "\n".join([*lines, f"report: {self.folder / 'report.html'}"])
+        return "\n".join([*lines, f"report: {quoted(self.folder / 'report.html')}"])
 
 # %% ../../nbs/run/02_pretrain.ipynb #88d042ac
 def _loaders(config: RunConfig) -> SimCLRDataLoaders:
     "DataLoaders of a run."
-    names = ("size", "bs", "policy", "strength", "n_train", "n_valid", "seed", "skip_bad")
+    names = ("size", "bs", "policy", "strength", "n_train", "n_valid", "seed", "skip_bad",
+             "max_pixels", "pixel_range")
     options = {name: getattr(config, name) for name in names}
     return simclr_dls(config.data, num_workers=config.workers, **options)
 
@@ -126,11 +134,25 @@ def _evaluate(learn: SimCLRLearner, untrained: nn.Module, settings: dict) -> dic
     encoders = dict(random=untrained, pretrained=learn.model.encoder)
     return compare_with_baselines(encoders, learn.dls, cards=cards)
 
+# %% ../../nbs/run/02_pretrain.ipynb #dab7d354
+def _can_be_scored(dls: SimCLRDataLoaders) -> bool:
+    "Whether accuracies of these images say anything; prints why not."
+    if len(dls.classes) < 2: return False
+    try: check_split(dls)
+    except ValueError as reason:
+        print(f"no accuracies of this run: {reason}")
+        return False
+    return True
+
 # %% ../../nbs/run/02_pretrain.ipynb #47236ffc
-def _write_results(folder: Path, data: str, figures: dict, results: dict, settings: dict) -> None:
-    "Write `results.json` and the report."
+def _write_results(folder: Path, results: dict) -> None:
+    "Write `results.json`."
     cards = {p: {n: r.to_dict() for n, r in column.items()} for p, column in results.items()}
     write_atomic(folder / "results.json", json.dumps(cards, indent=2).encode())
+
+
+def _write_report(folder: Path, data: str, figures: dict, results: dict, settings: dict) -> None:
+    "Write `report.html`, the last file of a run."
     title = f"{METHODS[settings['config']['method']].title} on {data}"
     page = report_html(title, figures, results, settings)
     write_atomic(folder / "report.html", page.encode())
@@ -141,9 +163,10 @@ def _finish(learn: SimCLRLearner, views: Tensor, settings: dict, folder: Path) -
     dls = learn.dls
     untrained = random_encoder(learn.model.encoder.config, settings["config"]["seed"])
     untrained = untrained.to(dls.device)
-    results = _evaluate(learn, untrained, settings) if len(dls.classes) > 1 else {}
+    results = _evaluate(learn, untrained, settings) if _can_be_scored(dls) else {}
+    _write_results(folder, results)  # before the figures: a picture must not cost them
     figures = run_figures(learn, untrained, views)
-    _write_results(folder, dls.info["data"], figures, results, settings)
+    _write_report(folder, dls.info["data"], figures, results, settings)
     rmtree(folder / "state")
     return Run(folder, results)
 
@@ -155,9 +178,9 @@ def _keep_settings(folder: Path, settings: dict) -> None:
     "Write `config.json`; of a run that goes on, compare it; raises `ValueError` where they differ."
     path = folder / "config.json"
     if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        old, new = ({part: s[part] for part in ("config", "data", "policy")}
-                    for s in (saved, settings))
+        parts = ("config", "data", "policy")
+        saved = read_json(path, "give another folder (out)", parts)
+        old, new = ({part: s[part] for part in parts} for s in (saved, settings))
         check_same_settings(folder, old, new, _FREE, "use the old ones, or another folder (out)")
     if is_main(): write_atomic(path, json.dumps(settings, indent=2).encode())
 
@@ -165,21 +188,25 @@ def _keep_settings(folder: Path, settings: dict) -> None:
 def _finished(folder: Path) -> Run | None:
     "The run of a folder, if it has come to its end."
     if not (folder / "report.html").is_file(): return None
-    saved = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    results = {protocol: {name: Result.from_dict(card) for name, card in column.items()}
-               for protocol, column in saved.items()}
+    path = folder / "results.json"
+    saved = read_json(path)
+    try: results = {protocol: {name: Result.from_dict(card) for name, card in column.items()}
+                    for protocol, column in saved.items()}
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r}: {error}") from None
     return Run(folder, results)
 
 # %% ../../nbs/run/02_pretrain.ipynb #57530bfb
 def _announce(config: RunConfig, info: dict, folder: Path) -> None:
     "Say what is about to happen."
     if not is_main(): return
-    images = f"{info['n_train']} images of {info['data']}"
+    images = f"{info['n_train']} images of {quoted(info['data'])}"
     by = f" in {world_size()} processes" if world_size() > 1 else ""
     encoder = config.arch if config.width is None else f"{config.arch} x {config.width:g}"
-    print(f"pretraining {encoder} on {images}{by}, writing to {folder}")
+    print(f"pretraining {encoder} on {images}{by}, writing to {quoted(folder)}")
     if info["skipped"]:
-        print(f"skipped {len(info['skipped'])} damaged files, listed in {folder / 'config.json'}")
+        where = quoted(folder / "config.json")
+        print(f"skipped {len(info['skipped'])} damaged files, listed in {where}")
 
 # %% ../../nbs/run/02_pretrain.ipynb #d231fe31
 def run_pretraining(
@@ -200,6 +227,7 @@ def run_pretraining(
     finished = _finished(folder)
     if finished: return finished
     _announce(config, dls.info, folder)
+    if is_main(): _can_be_scored(dls)
     views = learn.views.two_views(dls.train.one_batch()[0][:8])
     settings["pretraining"] = _pretrain(learn, config, folder)
     if not is_main(): return Run(folder, {})  # the rest needs one process

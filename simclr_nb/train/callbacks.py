@@ -30,7 +30,10 @@ from fastai.learner import AvgSmoothLoss
 
 # %% ../../nbs/train/02_callbacks.ipynb #c6f8507e
 def _check_range(x: Tensor) -> None:
-    "Refuse images that are neither integers nor in [0, 1]."
+    "Refuse images that are neither bytes nor floats in [0, 1]."
+    if x.dtype != torch.uint8 and not x.is_floating_point():
+        raise ValueError(f"expected images as uint8, or as floats in [0, 1], got {x.dtype}: "
+                         "divide them by their largest possible value")
     if x.dtype != torch.uint8 and (x.min() < 0 or x.max() > 1):
         values = f"expected images in [0, 1], got {x.min().item():.2f} to {x.max().item():.2f}"
         raise ValueError(f"{values}: take Normalize out of the DataLoaders")
@@ -247,10 +250,20 @@ class HistoryCallback(Callback):
     ):
         self.file = Path(file)
 
+    def before_fit(self): self._rows()  # a damaged file fails now, not after an epoch
+
+    def _rows(self) -> list[str]:
+        "Rows of earlier epochs; raises `ValueError` that names a damaged file."
+        if not self.file.is_file(): return []
+        try:
+            rows = self.file.read_text("utf-8").splitlines()[1:]
+            return [row for row in rows if int(row.split(",")[0]) < self.epoch]
+        except ValueError as error:
+            raise ValueError(f"{str(self.file)!r} is damaged: {error}; remove it") from None
+
     def after_epoch(self):
         if not is_main(): return
-        old = self.file.read_text().splitlines()[1:] if self.file.is_file() else []
-        kept = [row for row in old if int(row.split(",")[0]) < self.epoch]
+        kept = self._rows()
         rows = [",".join(map(str, row)) for row in (self.recorder.metric_names, self.recorder.log)]
         text = "\n".join([rows[0], *kept, rows[1]]) + "\n"
         write_atomic(self.file, text.encode())

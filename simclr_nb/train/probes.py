@@ -6,6 +6,9 @@
 __all__ = ['RepresentCallback', 'ProbeCallback', 'KNNCallback', 'callback_metric']
 
 # %% ../../nbs/train/03_probes.ipynb #76a1136c
+import math
+import warnings
+
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from ..core.gather import gather_in_order, sum_over_ranks
 from ..core.processes import from_main, world_size
 from ..data import clean_loader
+from ..measure.data_checks import check_answerable
 from ..measure.neighbours import knn_predict
 from ..measure.representations import represent
 from ..parallel.microbatch import bare_model
@@ -49,6 +53,15 @@ class RepresentCallback(_Measurement):
         h, y = represent(encoder, clean_loader(self.dls, i, n=n, shard=True))
         device = next(encoder.parameters()).device
         return tuple(gather_in_order(t.to(device), n).cpu() for t in (h, y))
+
+# %% ../../nbs/train/03_probes.ipynb #ea64b920
+def _can_be_scored(y_train: Tensor, y: Tensor) -> bool:
+    "Whether an accuracy by these labels says anything; warns if not."
+    try: check_answerable(y_train[y_train >= 0], y[y >= 0])
+    except ValueError as reason:
+        warnings.warn(f"no accuracy of the probes: {reason}")
+        return False
+    return True
 
 # %% ../../nbs/train/03_probes.ipynb #b7461e1b
 class ProbeCallback(_Measurement):
@@ -99,8 +112,11 @@ def after_batch(self: ProbeCallback):
 @patch
 @torch.no_grad()
 def after_validate(self: ProbeCallback):
-    bank, _ = self.represent.bank
+    bank, y_train = self.represent.bank
     h, y = self.represent.valid
+    if not _can_be_scored(y_train, y):
+        self.accuracy = math.nan
+        return
     h = (h - bank.mean(0)) / bank.std(0).clamp_min(1e-6)
     linear = self.classifier[1]
     predicted = linear(h.to(linear.weight.device)).argmax(1).cpu()
@@ -139,6 +155,9 @@ class KNNCallback(_Measurement):
     def after_validate(self):
         sets = self.represent.bank, self.represent.valid
         (h_train, y_train), (h, y) = ((h[y >= 0], y[y >= 0]) for h, y in sets)
+        if not _can_be_scored(y_train, y):
+            self.accuracy = math.nan
+            return
         predicted = knn_predict(h_train, y_train, h, self.k, self.temperature)
         self.accuracy = (predicted == y).float().mean().item()
 

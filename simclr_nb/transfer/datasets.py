@@ -8,7 +8,6 @@ __all__ = ['VOC_CLASSES', 'TRANSFER_DATASETS', 'TransferSplit', 'hold_out', 'Tra
 # %% ../../nbs/transfer/01_datasets.ipynb #22808979
 import json
 import os
-import pickle
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,10 +23,11 @@ from scipy.io import loadmat
 from torch import Tensor
 from torchvision import datasets as tv
 
-from ..core.choices import check_choice
-from ..images.arrays import read_image
+from ..core.choices import check_choice, quoted
+from ..images.pixels import read_image
 from ..images.labels import label_fraction
 from ..images.source import find_images
+from .untrusted import cifar_batch, load_pickle, reading
 
 # %% ../../nbs/transfer/01_datasets.ipynb #f4d42a63
 @dataclass
@@ -103,10 +103,29 @@ def _samples(dataset: tv.VisionDataset) -> list[tuple]:
     files = dataset._image_files if hasattr(dataset, "_image_files") else dataset._images
     return list(zip(files, dataset._labels, strict=True))
 
+# %% ../../nbs/transfer/01_datasets.ipynb #a4645dec
+_FOLDERS = {  # Where torchvision's data sets keep their lists
+    "Food101": "food-101/meta", "StanfordCars": "stanford_cars", "DTD": "dtd/dtd/labels",
+    "FGVCAircraft": "fgvc-aircraft-2013b/data", "OxfordIIITPet": "oxford-iiit-pet/annotations",
+}
+
 # %% ../../nbs/transfer/01_datasets.ipynb #e2c292ea
+def _damaged_list(base: Path) -> Path:
+    "The first MATLAB or JSON file below a folder that cannot be parsed; else the folder."
+    for path in sorted(base.rglob("*")):
+        try:
+            if path.suffix == ".mat": loadmat(path)
+            elif path.suffix == ".json": json.loads(path.read_bytes())
+        except Exception: return path
+    return base
+
+# %% ../../nbs/transfer/01_datasets.ipynb #edab532f
 def _read_torchvision(root: Path, seed: int, dataset: str, names: Sequence[str]) -> _Parts:
     "Reader for Food-101, Stanford Cars, FGVC Aircraft, DTD and Pets."
-    parts = [getattr(tv, dataset)(root, split=name) for name in names]
+    try: parts = [getattr(tv, dataset)(root, split=name) for name in names]
+    except FileNotFoundError: raise
+    except Exception as error:
+        with reading(_damaged_list(root / _FOLDERS[dataset])): raise error
     for name, part in zip(names, parts, strict=True):
         if part.classes != parts[0].classes:
             raise ValueError(f"{name} and {names[0]} of {dataset} differ in their classes")
@@ -117,12 +136,14 @@ def _read_torchvision(root: Path, seed: int, dataset: str, names: Sequence[str])
 def _read_sun397(root: Path, seed: int) -> _Parts:
     "First split of SUN397; lines such as `/a/airport_terminal/sun_abc.jpg` name the class."
     base = root / "SUN397"
-    classes = [line[3:] for line in (base / "ClassName.txt").read_text("utf-8").split()]
+    with reading(base / "ClassName.txt"):
+        classes = [line[3:] for line in (base / "ClassName.txt").read_text("utf-8").split()]
     index = {name: i for i, name in enumerate(classes)}
 
     def part(name):
-        lines = (base / name).read_text("utf-8").split()
-        return _split([(base / line[1:], index[line[3:].rpartition("/")[0]]) for line in lines])
+        with reading(base / name):
+            lines = (base / name).read_text("utf-8").split()
+            return _split([(base / line[1:], index[line[3:].rpartition("/")[0]]) for line in lines])
     return classes, part("Training_01.txt"), None, part("Testing_01.txt")
 
 # %% ../../nbs/transfer/01_datasets.ipynb #003d1959
@@ -140,14 +161,15 @@ def _read_caltech101(root: Path, seed: int) -> _Parts:
 def _read_flowers102(root: Path, seed: int) -> _Parts:
     "The creators' three parts, 10 images of each class to train and 10 to validate."
     base = root / "flowers-102"
-    labels = loadmat(base / "imagelabels.mat")["labels"].ravel().astype(int)
-    parts = loadmat(base / "setid.mat")
-
-    def part(name):
-        numbers = parts[name].ravel().astype(int)
-        return _split([(base / "jpg" / f"image_{i:05d}.jpg", labels[i - 1] - 1) for i in numbers])
-    classes = [str(i + 1) for i in range(labels.max())]
-    return classes, part("trnid"), part("valid"), part("tstid")
+    with reading(base / "imagelabels.mat"):
+        labels = loadmat(base / "imagelabels.mat")["labels"].ravel().astype(int)
+        classes = [str(i + 1) for i in range(labels.max())]
+    with reading(base / "setid.mat"):
+        parts = loadmat(base / "setid.mat")
+        numbers = [parts[name].ravel().astype(int) for name in ("trnid", "valid", "tstid")]
+        splits = [_split([(base / "jpg" / f"image_{i:05d}.jpg", labels[i - 1] - 1) for i in part])
+                  for part in numbers]
+    return classes, *splits
 
 # %% ../../nbs/transfer/01_datasets.ipynb #e4ce2719
 VOC_CLASSES = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
@@ -157,9 +179,10 @@ VOC_CLASSES = """aeroplane bicycle bird boat bottle bus car cat chair cow dining
 def _voc_labels(path: str) -> tuple[list[bool], list[bool]]:
     "Which classes an annotation shows, and which it shows in difficult objects alone."
     plain, hard = set(), set()
-    for thing in ElementTree.parse(path).iter("object"):
-        group = hard if thing.findtext("difficult", "0").strip() == "1" else plain
-        group.add(thing.findtext("name", "").strip())
+    with reading(path):
+        for thing in ElementTree.parse(path).iter("object"):
+            group = hard if thing.findtext("difficult", "0").strip() == "1" else plain
+            group.add(thing.findtext("name", "").strip())
     unknown = sorted((plain | hard) - set(VOC_CLASSES))
     if unknown: raise ValueError(f"{path} has an object of the unknown class {unknown[0]!r}")
     return [c in plain for c in VOC_CLASSES], [c in hard - plain for c in VOC_CLASSES]
@@ -205,24 +228,6 @@ def _read_birdsnap(root: Path, seed: int) -> _Parts:
     taken = {path for name in parts.keys() - {"train"} for path in parts[name]}
     return _group(parts | {"train": [path for path in files if path not in taken]})
 
-# %% ../../nbs/transfer/01_datasets.ipynb #2ff6f435
-class _ArrayUnpickler(pickle.Unpickler):
-    "Unpickler that knows arrays, numbers, text and their containers, and nothing else."
-
-    allowed = dict(_reconstruct=np.empty(0).__reduce__()[0], ndarray=np.ndarray, dtype=np.dtype)
-
-    def find_class(self, module, name):
-        if module.partition(".")[0] == "numpy" and name in self.allowed: return self.allowed[name]
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a file of images")
-
-# %% ../../nbs/transfer/01_datasets.ipynb #21640519
-def _unpickle(path: Path) -> dict:
-    "Contents of one CIFAR file, written by Python 2."
-    try:
-        with open(path, "rb") as file: return _ArrayUnpickler(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-
 # %% ../../nbs/transfer/01_datasets.ipynb #6e367d75
 def _read_cifar(root: Path, seed: int, archive: str, train: Sequence[str], test: str, meta: str,
                 kind: str, folder: str) -> _Parts:
@@ -231,12 +236,14 @@ def _read_cifar(root: Path, seed: int, archive: str, train: Sequence[str], test:
     if not all((base / name).is_file() for name in (*train, test, meta)):
         return _read_folders(root / folder if (root / folder).is_dir() else root)
 
+    names = load_pickle(base / meta)
+    with reading(base / meta): classes = [str(name) for name in names[f"{kind}label_names"]]
+
     def part(names):
-        batches = [_unpickle(base / name) for name in names]
-        pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
-        labels = sum([list(batch[f"{kind}labels"]) for batch in batches], [])
-        return TransferSplit(torch.from_numpy(pixels), torch.tensor(labels))
-    return list(_unpickle(base / meta)[f"{kind}label_names"]), part(train), None, part([test])
+        pixels, labels = zip(*[cifar_batch(base / name, kind, len(classes)) for name in names])
+        images = torch.from_numpy(np.concatenate(pixels))
+        return TransferSplit(images, torch.tensor(sum(labels, [])))
+    return classes, part(train), None, part([test])
 
 # %% ../../nbs/transfer/01_datasets.ipynb #d95176c9
 _READERS = dict(  # A function of root, seed and options of its own, to class names and parts

@@ -12,6 +12,7 @@ from importlib.resources import files
 
 import torch
 
+from ..core.choices import quoted
 from ..evaluate.comparison import best_in_row
 from ..evaluate.result import Result
 from .datasets import TRANSFER_DATASETS
@@ -105,4 +106,6 @@ def transfer_table(
         facts = _SETTINGS[setting], card["data"]["data"], card["metric"]
         cells = _our_cells(row, names) + _paper_cells((setting, data), width)
         body.append([(text, False) for text in facts] + cells)
+    body = [[(quoted(text), bold) for text, bold in cells] for cells in body]
+    head = [quoted(text) for text in head]
     return _html(head, body) if html else _markdown(head, body)

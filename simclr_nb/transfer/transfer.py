@@ -30,6 +30,7 @@ from ..evaluate.journal import Journal
 from ..evaluate.logistic import L2_STRENGTHS, fit_logistic
 from ..evaluate.result import Result, accuracy_result, environment, speed
 from ..evaluate.tuning import train_classifier
+from ..measure.data_checks import check_answerable
 from ..measure.intervals import bootstrap_interval
 from simclr_nb.measure.metrics import (
     mean_average_precision_11,
@@ -171,6 +172,9 @@ def transfer_result(
     test = data.test
     scores = scores.detach().cpu()
     value = transfer_score(scores, test, data.metric)
+    y_train = torch.cat([data.train.labels, data.valid.labels])
+    unanswerable = check_answerable(y_train, test.labels)
+    if unanswerable: card = card | dict(unanswerable=unanswerable)
     card = card | environment()
     if data.metric == "top-1":
         return accuracy_result(top_k_correct(scores, test.labels), test.labels, **card)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .color import ColorJitter, RandomGrayscale, luma, rotate_hue
+from .color import ColorJitter, RandomGrayscale, check_rgb, luma, rotate_hue
 from .crop import RandomResizedCrop, crop_resize
 from .distort import GaussianBlur, gaussian_taps
 from .policy import Policy
@@ -139,6 +139,7 @@ class _Colors:
         return self.drop(x, generator) if self.drop else x
 
     def drawn(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, ...]:
+        check_rgb(x)
         steps = color_steps(*self.jitter.draw(len(x), generator))
         gray = torch.zeros(len(x), dtype=torch.bool)
         if self.drop: gray, = self.drop.draw(len(x), generator)
