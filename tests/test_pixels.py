@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from simclr_nb.data import clean_loader, simclr_dls
 from simclr_nb.images.files import read_pixels
@@ -268,7 +269,7 @@ def test_tensors_of_other_channels_are_refused_by_a_sentence(n, advice, policy):
 @pytest.mark.parametrize("dtype", [torch.int16, torch.uint16, torch.int64])
 def test_integer_tensors_that_are_no_bytes_are_refused_by_a_sentence(dtype):
     images = torch.zeros(8, 3, 32, 32, dtype=dtype)
-    loaders = [DataLoader(TensorDataset(images, torch.arange(8)), 4) for _ in range(2)]
+    loaders = [DataLoader(TensorDataset(images, torch.arange(8)), bs=4) for _ in range(2)]
     learn = simclr_learner(DataLoaders(*loaders), "resnet18", width=0.125, policy=cifar_policy())
     with pytest.raises(ValueError, match=f"expected images as uint8, or as floats .*, got {dtype}"):
         learn.fit(1)

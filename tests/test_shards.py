@@ -133,7 +133,7 @@ def test_draws_differ_between_images_epochs_and_seeds_alone():
 def test_resuming_decodes_nothing_before_the_position(photos, monkeypatch):
     read = []
     from simclr_nb.images import files as room
-    monkeypatch.setattr(room, "read_pixels", lambda f: read.append(f) or read_pixels(f))
+    monkeypatch.setattr(room, "read_pixels", lambda *args: read.append(args) or read_pixels(*args))
     loader = EpochLoader(files(photos), 8)
     loader.load_state_dict(loader.state_dict() | dict(position=5))
     assert len(seen(loader)) == len(read) == 8

@@ -156,5 +156,7 @@ def amdim_evaluation(
                              loss=_describe_loss(clip, penalty))
     card = dict(**training, **encoder_card(encoder, dls, name), **card)
     y = dls.valid.dataset.labels
-    return dict(linear=score_result(scores[0], y, labels[rows], protocol="AMDIM linear", **card),
-                mlp=score_result(scores[1], y, labels[rows], protocol="AMDIM MLP", **card))
+    return dict(linear=score_result(scores[0], y, y_train=labels[rows],
+                                  protocol="AMDIM linear", **card),
+                mlp=score_result(scores[1], y, y_train=labels[rows],
+                               protocol="AMDIM MLP", **card))

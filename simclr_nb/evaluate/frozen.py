@@ -220,6 +220,6 @@ def linear_evaluation(
                                        partial(linear_classifier, seed=seed), seed,
                                        progress=progress)
     training = training_card(recipe, labels, rows, policy, seconds, epochs=epochs, seed=seed)
-    return score_result(scores, dls.valid.dataset.labels, labels[rows],
+    return score_result(scores, dls.valid.dataset.labels, y_train=labels[rows],
                         protocol="linear evaluation", **training,
                         **encoder_card(encoder, dls, name), **card)

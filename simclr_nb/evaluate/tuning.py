@@ -161,7 +161,7 @@ def finetune(
     scores = class_scores(model, dls.valid.dataset, policy, dls.train.bs, **options)
     training = training_card(recipe, data.labels, rows, policy, seconds, epochs=epochs, seed=seed,
                              batch_norm=batch_norm)
-    result = score_result(scores, dls.valid.dataset.labels, data.labels[rows],
+    result = score_result(scores, dls.valid.dataset.labels, y_train=data.labels[rows],
                           protocol="fine-tuning", **training,
                           **encoder_card(encoder, dls, name), **card)
     return (result, model) if return_model else result

@@ -165,7 +165,7 @@ def digits_policy(
     "Mild crop, brightness, contrast and blur for small pictures of characters; no flip, no colour."
     s = 0.8 * _check_strength(strength)
     crop = RandomResizedCrop(size, scale=(0.4, 1.0), flip=0)
-    return Policy("digits", [crop, ColorJitter(s, s, 0, 0), GaussianBlur((0.1, 1.0), 0.2)])
+    return Policy("digits", [crop, ColorJitter(s, s, 0, 0), GaussianBlur(p=0.5)])
 
 # %% ../../nbs/views/04_policy.ipynb #e540db4f
 def supervised_policy(
