@@ -361,12 +361,16 @@ def convert(images: str, out: str):
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_a_conversion_killed_at_any_moment_goes_on(images, tmp_path):
     write_shards(images, tmp_path / "whole", max_count=4)
-    rng, kills = random.Random(0), 0
+    def written() -> int: return len(list((tmp_path / "out").glob("[!.]*.tar")))
+    rng = random.Random(0)
+    kills = 0
     for i in range(8):
         process = start(log := tmp_path / f"{i}.log", convert, str(images), str(tmp_path / "out"))
         deadline = time.monotonic() + 60
         while not (log.exists() and log.read_text()): assert time.monotonic() < deadline
-        process.join(rng.uniform(0.002, 0.1))
+        wanted = written() + rng.randint(0, 2)
+        while process.is_alive() and written() < wanted: assert time.monotonic() < deadline
+        process.join(rng.uniform(0, 0.004))
         kills += process.is_alive()
         process.kill()
         process.join(60)

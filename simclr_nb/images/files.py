@@ -175,6 +175,7 @@ class JpegFiles(ImageFiles):
     paths: Sequence[Path]  # JPEG files, or such images in shards
     labels: Tensor  # `(N,)`, int64; -1: unknown
     crop: RandomResizedCrop  # The crop of the policy
+    rules: PixelRules = PixelRules()  # How they are read
 
     def __getitem__(self, i):
         encoded, height, width, turn = _read_jpeg(self.paths[i], self.rules)
