@@ -7,7 +7,7 @@ RUN := OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 COMPILES := nbs/views/06_compiled.ipynb
 OTHERS := --skip-file-re '^([_.]|$(basename $(notdir $(COMPILES))))'
 BENCH := augment decode photos loss step end_to_end scaling knn evaluation plan footprint logistic
-.PHONY: test slow docs check bench
+.PHONY: test slow docs check bench gpu
 
 test:  # every notebook, then every test that takes less than a minute
 	$(RUN) $(OTHERS)
@@ -35,3 +35,9 @@ bench:  # every benchmark without a GPU; leave the machine alone meanwhile
 	@set -e; for name in $(BENCH); do \
 	  echo; echo "$$name"; python benchmarks/common.py; time python benchmarks/$$name.py; \
 	done
+
+gpu:  # for whoever has one: what is right, then how fast, then how good; CIFAR-10 from fastai's data folder
+	python -m pytest -q -m gpu -k "not compiled"
+	python -m pytest -q -m gpu -k compiled
+	until python benchmarks/gpu_step.py; do [ $$? = 75 ] || break; done
+	until python benchmarks/gpu_cifar.py --recipe sprint; do [ $$? = 75 ] || break; done

@@ -22,6 +22,7 @@ from common import count, finish, header, parser_of, peak, spread, wait, write
 from gpu_common import Piece, begun, bf16_rate, kept, pieces_of
 from simclr_nb.views.two_views import TwoViews
 from simclr_nb.views.policy import create_policy
+from simclr_nb.views.compiled import compiled_views
 from simclr_nb.train.callbacks import auto_precision
 from simclr_nb.plan.cost import PRECISIONS, count_encoder
 from simclr_nb.data import simclr_dls
@@ -46,7 +47,8 @@ def create_step(args: argparse.Namespace) -> Callable[[Tensor], None]:
     if args.compiled: model.encoder.compile()
     loss = NTXent()
     opt = LARS(model.parameters(), lr=0.1)
-    views = TwoViews(create_policy("paper", args.size))
+    views = TwoViews(create_policy("cifar" if args.size <= 64 else "paper", args.size))
+    if args.compiled: views = compiled_views(views)
     kind = torch.device(args.device).type
     half = PRECISIONS[args.precision] if args.precision != "fp32" else None
 
@@ -163,7 +165,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=float, default=1.0, help="times the channels (1)")
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
                         help="bf16, fp32, or as suits the device (auto)")
-    parser.add_argument("--compiled", action="store_true", help="compile the encoder")
+    parser.add_argument("--compiled", action="store_true", help="compile encoder and views")
     return parser
 
 

@@ -40,7 +40,7 @@ from simclr_nb.model.encoder import (
 )
 from .model.resnet import encoder_stem
 from .model.inputs import memory_format_for, narrow_layers
-from .views.compiled import can_compile, compiled_views
+from .views.compiled import can_compile, compile_options, compiled_views
 from .model.head import Projection, SimCLR, projection_head
 from .loss.tiled import NTXent
 from .loss.contrastive import contrastive_accuracy
@@ -206,7 +206,7 @@ def _place(model: nn.Module, device: torch.device | str | None) -> nn.Module:
 def _compile(model: nn.Module, two_views: TwoViews, device: torch.device | str) -> TwoViews:
     "Compile the encoder in place, and give compiled views, where the device can."
     if not can_compile(torch.device(device).type): return two_views
-    model.encoder.compile()  # in place: weights keep their names
+    model.encoder.compile(options=compile_options())  # in place: weights keep their names
     return compiled_views(two_views)
 
 # %% ../nbs/train/06_learner.ipynb #2e98f234

@@ -1,4 +1,5 @@
 "Compiled augmentation against the operators, without the compiler where that is enough."
+import os
 import subprocess
 import sys
 
@@ -91,6 +92,36 @@ def test_without_a_compiler_training_goes_on(tmp_path):
     done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], capture_output=True, text=True,
                           timeout=300, env=env | dict(HOME=str(tmp_path), OMP_NUM_THREADS="1"))
     assert done.returncode == 0 and "said: 1" in done.stdout, done.stderr[-2000:]
+
+
+SHARED_CACHE = """
+import torch
+from torch import nn
+from simclr_nb.views.compiled import compile_options, shifted_sum
+
+def made(function): return torch.compile(function, options=compile_options())
+
+x, taps = torch.rand(2, 3, 40, 36), torch.rand(2, 3)
+print((made(shifted_sum)(x, taps, 2) - shifted_sum(x, taps, 2)).abs().max().item() < 1e-5)
+layer = nn.Sequential(nn.Linear(37, 41), nn.Tanh())  # forwards and backwards
+x = torch.rand(5, 37, requires_grad=True)
+exact, = torch.autograd.grad(layer(x).square().sum(), x)
+layer.compile(options=compile_options())
+found, = torch.autograd.grad(layer(x).square().sum(), x)
+print((found - exact).abs().max().item() < 1e-5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs AVX-512")
+@pytest.mark.parametrize("widths", [("avx512", "avx2"), ("avx2", "avx512")], ids="-".join)
+def test_processors_of_unlike_width_share_a_cache(widths, tmp_path):
+    "Kernels of AVX-512 leave half of the numbers unwritten on AVX2; the other way round they crash."
+    for width in widths:
+        env = dict(ATEN_CPU_CAPABILITY=width, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+        done = subprocess.run([sys.executable, "-c", SHARED_CACHE], capture_output=True, text=True,
+                              timeout=300, env=os.environ | env | dict(OMP_NUM_THREADS="1"))
+        assert done.stdout.split() == ["True", "True"], (width, done.stderr[-2000:])
 
 
 # Waiting for the device

@@ -50,6 +50,20 @@ def _read_jpeg(
     data = path.getvalue() if isinstance(path, io.BytesIO) else Path(path).read_bytes()
     return torch.frombuffer(bytearray(data), dtype=torch.uint8), *header
 
+# %% ../../nbs/images/05_files.ipynb #8717519b
+_NO_FRAME = {0xC4, 0xC8, 0xCC}  # markers among those of frames that begin tables
+
+def _components(data: Tensor) -> int:
+    "Components of a JPEG: 1 for grey, 3 for colours, 4 for CMYK; 0 where no frame begins."
+    data = memoryview(data.numpy())
+    at = 2  # after the marker that begins the file
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME: return data[at + 9]
+        is_filler = marker == 0xFF
+        at += 1 if is_filler else 2 + 256 * data[at + 2] + data[at + 3]
+    return 0
+
 # %% ../../nbs/images/05_files.ipynb #4bfa3566
 def _decode(encoded: list[Tensor], device: str | torch.device) -> list[Tensor]:
     "Pixels of JPEGs as they are stored, on a device."
@@ -58,9 +72,14 @@ def _decode(encoded: list[Tensor], device: str | torch.device) -> list[Tensor]:
         raise ImportError("this torchvision decodes no JPEG: use decode='workers'") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torchvision 0.29
-        if torch.device(device).type == "cuda":
-            return decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
-        return [decode_jpeg(data, mode=ImageReadMode.RGB).to(device) for data in encoded]
+        is_gpu = torch.device(device).type == "cuda"
+        there = [row for row, data in enumerate(encoded) if is_gpu and _components(data) == 3]
+        colors = [encoded[row] for row in there]
+        decoded = decode_jpeg(colors, ImageReadMode.RGB, device) if colors else []
+        images = dict(zip(there, decoded, strict=True))
+        for row, data in enumerate(encoded):
+            if row not in images: images[row] = decode_jpeg(data, ImageReadMode.RGB).to(device)
+    return [images[row] for row in range(len(encoded))]
 
 # %% ../../nbs/images/05_files.ipynb #ba7efaa4
 def _decode_one(data: Tensor, name: object, device: str | torch.device) -> Tensor:

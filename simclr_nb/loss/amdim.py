@@ -64,7 +64,7 @@ def nce_term(
     images = rows if images is None else images
     scores = soft_clip(raw, clip)
     positive = scores[rows, images]
-    others = scores.index_put((rows, images), scores.new_tensor(-torch.inf)).flatten(1)
+    others = scores.index_put((rows, images), scores.new_full((), -torch.inf)).flatten(1)
     loss = torch.logaddexp(positive, others.logsumexp(1, keepdim=True)) - positive
     return NCE(loss.mean(), penalty * raw.square().mean())
 
