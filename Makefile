@@ -7,7 +7,9 @@ RUN := OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 COMPILES := nbs/views/06_compiled.ipynb
 OTHERS := --skip-file-re '^([_.]|$(basename $(notdir $(COMPILES))))'
 BENCH := augment decode photos loss step end_to_end scaling knn evaluation plan footprint logistic
-.PHONY: test slow docs check bench gpu
+SECONDS_OF_FUZZ ?= 1200
+SEED ?= 0
+.PHONY: test slow docs check bench fuzz gpu
 
 test:  # every notebook, then every test that takes less than a minute
 	$(RUN) $(OTHERS)
@@ -28,6 +30,9 @@ docs:  # modules, outputs, docs/ and README.md from the notebooks
 check:  # what `make docs` writes is in step with the notebooks
 	python tools/check_step.py
 	python tools/build_docs.py --check
+
+fuzz:  # damaged images, names, layouts, options, JSON, archives, checkpoints through the commands
+	python -W ignore tests/fuzz.py --seconds $(SECONDS_OF_FUZZ) --seed $(SEED)
 
 bench:  # every benchmark without a GPU; leave the machine alone meanwhile
 	@echo "About two hours on two cores. Each waits until nothing else runs, and writes its table"

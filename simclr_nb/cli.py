@@ -7,13 +7,15 @@ __all__ = ['config_parser', 'pretrain', 'evaluate', 'plan']
 
 # %% ../nbs/run/04_cli.ipynb #c029857c
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import MISSING, fields
 
 from . import __version__
 from .plan.plan import PlanConfig, run_plan
 from .core.choices import check_choice
+from .core.failures import PatientOutput, explain, keep_traceback
 from .core.processes import is_main, rank
 from .run.evaluate import EvaluationConfig, run_evaluation
 from .run.pretrain import run_pretraining
@@ -26,6 +28,8 @@ class _Parser(ArgumentParser):
     "Parser whose errors are one line; of an unknown option it says which was probably meant."
 
     def parse_args(self, args=None, namespace=None):
+        for text in sys.argv[1:] if args is None else args:
+            if text.endswith("=--"): self.error(f"argument {text[:-3]}: expected a value, got '--'")
         settings, unknown = self.parse_known_args(args, namespace)
         try:
             for text in unknown: check_choice("argument", text, self._option_string_actions)
@@ -34,6 +38,17 @@ class _Parser(ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+# %% ../nbs/run/04_cli.ipynb #baf8b9ae
+_LARGEST = 2**31 - 1
+
+
+def _whole_number(text: str) -> int:
+    "The number of an option; raises `ArgumentTypeError` for one that no counter holds."
+    try: number = int(text)
+    except ValueError: raise ArgumentTypeError(f"invalid int value: {text[:40]!r}") from None
+    if abs(number) <= _LARGEST: return number
+    raise ArgumentTypeError(f"expected at most {_LARGEST:,}, got {text[:40]}")
 
 # %% ../nbs/run/04_cli.ipynb #15ef6411
 def config_parser(
@@ -55,38 +70,57 @@ def config_parser(
         elif kind is bool: parser.add_argument(option, action="store_true", help=text)
         else:
             name = kind.__name__.upper()
+            if kind is int: kind = _whole_number
             parser.add_argument(option, type=kind, default=f.default, metavar=name, help=text)
     return parser
 
 # %% ../nbs/run/04_cli.ipynb #fcf07bd8
-def _run(parser: ArgumentParser, config: type, work: Callable, argv: Sequence[str] | None) -> int:
-    "Exit code of a command: 0, 2 for unusable input, 130 when interrupted."
+def _work(parser: ArgumentParser, config: type, work: Callable, argv: Sequence[str] | None) -> int:
+    "Exit code of the work of a command; its errors pass."
     settings = config(**vars(parser.parse_args(argv)))
     if not sys.stdout.isatty(): plain_progress()
+    done = work(settings)
+    if is_main(): print(done)
+    return 0
+
+# %% ../nbs/run/04_cli.ipynb #05ce57b9
+def _report(parser: ArgumentParser, error: Exception) -> int:
+    "Say what went wrong in one line; the exit code."
+    message = explain(error)
+    by_rank = "" if is_main() else f"rank {rank()}: "
+    if message is None:
+        path = keep_traceback(error, parser.prog)
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        where = f"the traceback is in {path}" if path else "no room to write the traceback"
+        parser.exit(1, f"{parser.prog}: fault: {by_rank}{what}; {where}\n")
+    of_one_rank = not isinstance(error, (ValueError, ImportError, FileNotFoundError,
+                                         FloatingPointError))
+    if is_main() or of_one_rank: parser.error(by_rank + message)
+    return 2  # rank 0 has the same error, and says it
+
+# %% ../nbs/run/04_cli.ipynb #b8df63ec
+def _run(parser: ArgumentParser, config: type, work: Callable, argv: Sequence[str] | None) -> int:
+    "Exit code of a command: 0, 2 for unusable input, 1 for a fault, 130 when interrupted."
+    output = PatientOutput(sys.stdout, parser.prog)
     try:
-        done = work(settings)
-        if is_main(): print(done)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        of_one_rank = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-        if not (of_one_rank or is_main()): return 2  # rank 0 has the same error, and says it
-        message = str(error).strip().splitlines()[-1]  # below fastai's or a worker's preface
-        parser.error(message if is_main() else f"rank {rank()}: {message}")
+        with redirect_stdout(output): return _work(parser, config, work, argv)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    except Exception as error: return _report(parser, error)
+    finally: output.flush()
 
 # %% ../nbs/run/04_cli.ipynb #bf8eb31c
 def pretrain(
     argv: Sequence[str] | None = None,  # Arguments; those of the process by default
-) -> int:  # Exit code: 0, 2 for unusable input, 130 when interrupted
+) -> int:  # Exit code: 0; 2: cannot go on, 1: a fault, 130: interrupted
     "The command `simclr-pretrain`."
     return _run(config_parser(), RunConfig, run_pretraining, argv)
 
 # %% ../nbs/run/04_cli.ipynb #e6b2589b
 def evaluate(
     argv: Sequence[str] | None = None,  # Arguments; those of the process by default
-) -> int:  # Exit code: 0, 2 for unusable input, 130 when interrupted
+) -> int:  # Exit code: 0; 2: cannot go on, 1: a fault, 130: interrupted
     "The command `simclr-evaluate`."
     purpose = "Evaluate a saved image encoder by any protocols of the SimCLR paper; resumable."
     parser = config_parser("simclr-evaluate", EvaluationConfig, purpose)
@@ -95,7 +129,7 @@ def evaluate(
 # %% ../nbs/run/04_cli.ipynb #d4c7c77b
 def plan(
     argv: Sequence[str] | None = None,  # Arguments; those of the process by default
-) -> int:  # Exit code: 0, 2 for unusable input, 130 when interrupted
+) -> int:  # Exit code: 0; 2: cannot go on, 1: a fault, 130: interrupted
     "The command `simclr-plan`."
     purpose = "Predict memory, time and what limits them, of pretraining on machines one has not."
     return _run(config_parser("simclr-plan", PlanConfig, purpose), PlanConfig, run_plan, argv)

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastai.callback.core import Callback
 
 from processes import script, start
+from simclr_nb.data import simclr_dls
+from simclr_nb.learner import simclr_learner
 from simclr_nb.train.checkpoint import find_checkpoints, latest_checkpoint, write_checkpoint
 
 LIVES = """
@@ -306,3 +309,32 @@ def test_handler_is_given_back(signal_number):
         learn.remove_cbs(learn.cbs.filter(lambda cb: cb.name == "views"))  # an error in each step
         with pytest.raises(Exception): learn.pretrain(1, checkpoints=Path(folder) / "other")
     assert signal.getsignal(signal_number) is before
+
+
+@pytest.mark.parametrize("first, second", [("bf16", "fp32"), ("fp32", "bf16")])
+def test_a_run_keeps_the_precision_that_it_chose(tmp_path, monkeypatch, first, second):
+    "`auto` measures, and a busy machine measures something else in the next life."
+    chosen = iter([first, first, second, second])
+    monkeypatch.setattr("simclr_nb.learner.auto_precision", lambda device: next(chosen))
+
+    def learner(**kwargs):
+        torch.manual_seed(0)
+        dls = simclr_dls("digits", bs=32, n_train=64, n_valid=32, seed=0, device="cpu", progress=False)
+        return simclr_learner(dls, width=0.125, **kwargs)
+
+    class Stop(Callback):
+        order = 71
+        def after_batch(self):
+            if self.training and self.train_iter == 3: signal.raise_signal(signal.SIGTERM)
+
+    def pretrain(learn, **kwargs):
+        torch.manual_seed(1)
+        with learn.no_bar(), learn.no_logging(): learn.pretrain(2, **kwargs)
+        return learn.model.state_dict()
+
+    whole = pretrain(learner())
+    with pytest.raises(SystemExit): pretrain(learner(), checkpoints=tmp_path, cbs=[Stop()])
+    resumed = pretrain(learner(), checkpoints=tmp_path, resume=True)
+    for name, value in whole.items(): assert torch.equal(value, resumed[name]), name
+    with pytest.raises(ValueError, match=f"computes in {first}, not fp16: give precision='{first}'"):
+        pretrain(learner(precision="fp16"), checkpoints=tmp_path, resume=True)

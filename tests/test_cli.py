@@ -348,7 +348,8 @@ def unlabelled(tmp_path_factory) -> Path:
 
 
 def test_files_of_a_run(labelled):
-    names = "config.json encoder.safetensors history.csv report.html results.json"
+    names = ("config.json encoder.safetensors head.safetensors history.csv images.json.gz report.html "
+             "results.json")
     assert sorted(p.name for p in labelled.iterdir()) == names.split()
 
 

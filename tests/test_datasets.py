@@ -418,6 +418,21 @@ def test_class_without_training_images_is_refused(tmp_path):
         load_transfer("birdsnap", tmp_path)
 
 
+def test_classes_are_the_folders_below_the_part(tmp_path):
+    "Whatever folders lie below them; an image outside of all is named."
+    base = tmp_path / "birdsnap"
+    miniatures.folders(base, ["Blue_Jay", "Dodo"], "jpg", train=8, test=2)
+    for i, image in enumerate(sorted(base.glob("*/*/*.jpg"))):
+        inner = image.parent / f"year {i % 2}"
+        inner.mkdir(exist_ok=True)
+        image.rename(inner / image.name)
+    data = load_transfer("birdsnap", tmp_path)
+    assert data.classes == ["Blue_Jay", "Dodo"]
+    shutil.copy(next(base.glob("test/*/*/*.jpg")), base / "test/stray.jpg")
+    with pytest.raises(ValueError, match="stray.jpg lies in no class folder"):
+        load_transfer("birdsnap", tmp_path)
+
+
 def test_splits_with_other_classes_are_refused(mini):
     root = mini("dtd")
     labels = root / "dtd/dtd/labels/test1.txt"

@@ -290,10 +290,11 @@ def refusals(folder: Path):
     (folder / "shards" / f"{HOSTILE}.tar").write_bytes(b"no tar")
     (folder / "list.txt").write_bytes(b"\xff")
     (folder / "bad.jpg").write_bytes(b"")
-    from simclr_nb.images.arrays import load_arrays, read_image
+    from simclr_nb.images.arrays import load_arrays
     from simclr_nb.images.files import read_pixels
     from simclr_nb.images.labels import load_label_list
     from simclr_nb.images.pack import verify_shards
+    from simclr_nb.images.pixels import read_image
     yield from (lambda name=name: find_source(folder / name)
                 for name in ("none", "empty", "texts", "test", "shards"))
     yield lambda: open_shards(folder / "none.tar")

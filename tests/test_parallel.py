@@ -182,8 +182,9 @@ def test_command_prints_and_writes_once(whole):
     assert told.count("pretraining resnet18") == told.count("report: ") == 1
     assert "in 2 processes" in told
     assert [row[0] for row in rows(out)] == ["epoch", *map(str, range(EPOCHS))]
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "encoder.safetensors",
-                                                     "history.csv", "report.html", "results.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.json", "encoder.safetensors", "head.safetensors", "history.csv", "images.json.gz",
+        "report.html", "results.json"]
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds threads in /proc")

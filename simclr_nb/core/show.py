@@ -66,12 +66,12 @@ def figure_text(
 
 # %% ../../nbs/core/01_show.ipynb #a46b09f7
 def to_array(
-    image: Tensor,  # One image, `(C, H, W)` with C 1 or 3; uint8, or float in [0, 1]
+    image: Tensor,  # One image, `(C, H, W)`; uint8, or float in [0, 1]
 ):  # NumPy array `(H, W, 3)`, float in [0, 1]
-    "Tensor image as an array for matplotlib; raises `ValueError` for another shape or range."
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
+    "Image as an array for matplotlib, its first channels if many; raises `ValueError` if unfit."
+    if image.ndim != 3 or not len(image):
         raise ValueError(f"expected one image (3, H, W) or (1, H, W), got {tuple(image.shape)}")
-    image = image.detach().cpu()
+    image = image[: 3 if len(image) >= 3 else 1].detach().cpu()
     image = image / 255 if image.dtype == torch.uint8 else image.float()
     if image.min() < -0.2 or image.max() > 1.2:
         limits = f"{image.min().item():.2f} to {image.max().item():.2f}"
@@ -96,6 +96,9 @@ def image_grid(
         ax.set_axis_off()
         if i < len(images): ax.imshow(to_array(images[i]), interpolation="nearest")
         if titles and i < len(titles): ax.set_title(figure_text(titles[i]), fontsize=8, pad=2)
+    channels = images[0].shape[-3]
+    note = {2: "channel 0 of 2"}.get(channels, f"channels 0, 1, 2 of {channels}")
+    if channels not in (1, 3): fig.supxlabel(f"shown: {note}", fontsize=7)
     return fig
 
 # %% ../../nbs/core/01_show.ipynb #62968432

@@ -178,7 +178,8 @@ def supervised_encoder(
     policy: Policy | None = None,  # Augmentation; that of pretraining by default, as in B.8
     seed: int = 0,  # Of weights, labels, order and views
     progress: bool = True,  # Show a progress bar with images/s and ETA
-) -> nn.Module:  # Encoder in evaluation mode; gives h
+    return_model: bool = False,  # Give encoder and classifier, for its own accuracy (Table B.3)
+) -> nn.Module:  # Encoder in evaluation mode, gives h; or with its classifier, gives `(N, C)`
     "Encoder of the same architecture trained with labels from random weights; raises `ValueError`."
     rows = labelled_rows(dls.train.dataset.labels, fraction, seed=seed)
     recipe = make_recipe(len(rows), epochs, bs, lr, weight_decay=weight_decay)
@@ -187,4 +188,4 @@ def supervised_encoder(
     workers = dls.train.fake_l.num_workers
     model = train_classifier(start, images, len(dls.classes), recipe, policy or dls.policy,
                              seed=seed, num_workers=workers, progress=progress)
-    return model[0]
+    return model if return_model else model[0]

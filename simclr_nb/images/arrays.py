@@ -20,8 +20,9 @@ from torch import Tensor
 from ..core.choices import quoted
 from ..core.show import image_grid
 from ..core.work import in_threads, with_progress
+from .bands import read_channels
 from .epochs import EpochLoader
-from .pixels import PixelRules, read_image
+from .pixels import PixelRules
 from ..views.crop import crop_resize
 from fastai.data.load import DataLoader
 
@@ -37,10 +38,13 @@ def image_tensor(
 class ImageArrays:
     "Images of one size in memory; indexing with a list gives a batch."
 
-    images: Tensor  # `(N, 3, H, W)`, uint8
+    images: Tensor  # `(N, C, H, W)`, uint8; C is 3, RGB, unless asked otherwise
     labels: Tensor  # `(N,)`, int64; -1: unknown
     # The images, and the copy that `keep_on` made of them
     kept: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
+
+    # Files that the images were read from, where there are any
+    paths: Sequence[Path] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.images[i], self.labels[i]
@@ -76,7 +80,7 @@ def at(
     self: ImageArrays,
     device: str | torch.device | None,  # Where a batch will go; None: the CPU
 ) -> Tensor:
-    "The images to take batches for a device from, `(N, 3, H, W)`: its copy, where there is one."
+    "The images to take batches for a device from, `(N, C, H, W)`: its copy, where there is one."
     if self.kept is None or device is None: return self.images
     original, copy = self.kept
     is_here = torch.empty(0, device=device).device == copy.device
@@ -87,23 +91,23 @@ def load_arrays(
     paths: Sequence[Path],  # Image files, all of one size
     labels: Sequence[int],  # One per file
     progress: bool = True,  # Show a progress bar with ETA
-    rules: PixelRules = PixelRules(),  # Limit of pixels, ranges of deep values
+    rules: PixelRules = PixelRules(),  # Channels, limit of pixels, ranges of deep values
 ) -> ImageArrays:  # In the order of `paths`
     "Decode files of one size into one tensor, on all cores; raises `ValueError` for another size."
-    height, width = read_image(paths[0], rules).size[::-1]
-    images = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
+    height, width, channels = read_channels(paths[0], rules).shape
+    images = torch.empty(len(paths), channels, height, width, dtype=torch.uint8)
     pixels = images.numpy()
 
     def fill(row: int) -> None:
-        image = read_image(paths[row], rules)
-        if image.size != (width, height):
+        image = read_channels(paths[row], rules)
+        if image.shape[:2] != (height, width):
             first = quoted(paths[0])
             raise ValueError(f"expected images of one size, {width} x {height} as {first}, "
-                             f"got {image.width} x {image.height}: {quoted(paths[row])}")
-        pixels[row] = np.asarray(image).transpose(2, 0, 1)
+                             f"got {image.shape[1]} x {image.shape[0]}: {quoted(paths[row])}")
+        pixels[row] = image.transpose(2, 0, 1)
 
     deque(with_progress(in_threads(fill, len(paths)), len(paths), progress), maxlen=0)
-    return ImageArrays(images, torch.as_tensor(labels))
+    return ImageArrays(images, torch.as_tensor(labels), paths=paths)
 
 # %% ../../nbs/images/04_arrays.ipynb #c089a838
 class ArrayLoader(DataLoader):

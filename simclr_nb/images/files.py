@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..core.choices import quoted
 from .arrays import image_tensor
+from .bands import read_channels
 from .epochs import EpochLoader
-from .pixels import PixelRules, open_image, read_image
+from .pixels import PixelRules, open_image
 from ..views.crop import RandomResizedCrop, crop_resize
 
 # %% ../../nbs/images/05_files.ipynb #34283d66
@@ -112,14 +113,16 @@ def _upright(image: Tensor, turn: int) -> Tensor:
 # %% ../../nbs/images/05_files.ipynb #b4357897
 def read_pixels(
     path: str | Path | io.BytesIO,  # Image file, or image in a shard
-    rules: PixelRules = PixelRules(),  # Limit of pixels, ranges of deep values
-) -> Tensor:  # `(3, H, W)`, uint8, upright
+    rules: PixelRules = PixelRules(),  # Channels, limit of pixels, ranges of deep values
+) -> Tensor:  # `(C, H, W)`, uint8, upright; RGB where the rules do not say otherwise
     "Pixels of an image; raises `ValueError` that names the file if it is damaged."
-    try:
-        encoded, *_, turn = _read_jpeg(path, rules)
-        return _upright(_decode_jpegs([encoded], [path])[0], turn)
-    except FileNotFoundError: raise
-    except (OSError, ValueError, ImportError): return image_tensor(read_image(path, rules))
+    if rules.channels in (None, 3):
+        try:
+            encoded, *_, turn = _read_jpeg(path, rules)
+            return _upright(_decode_jpegs([encoded], [path])[0], turn)
+        except FileNotFoundError: raise
+        except (OSError, ValueError, ImportError): pass  # Pillow says what is wrong
+    return torch.from_numpy(read_channels(path, rules)).permute(2, 0, 1)
 
 # %% ../../nbs/images/05_files.ipynb #b078c220
 def central_square(
@@ -131,6 +134,14 @@ def central_square(
     side = margin * min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return image.resize((size, size), Image.BICUBIC, (left, top, left + side, top + side))
+
+# %% ../../nbs/images/05_files.ipynb #5f3c05dc
+def _square_of(pixels: np.ndarray, size: int) -> Tensor:
+    "Central square of an image `(H, W, C)`, as `(C, size, size)`; Pillow resizes band by band."
+    if pixels.shape[2] == 3: return image_tensor(central_square(Image.fromarray(pixels), size))
+    bands = np.ascontiguousarray(np.moveaxis(pixels, 2, 0))
+    squares = [np.asarray(central_square(Image.fromarray(band), size)) for band in bands]
+    return torch.from_numpy(np.stack(squares))
 
 # %% ../../nbs/images/05_files.ipynb #937962c0
 @dataclass
@@ -145,12 +156,12 @@ class CleanFiles:
     def __len__(self): return len(self.paths)
 
     def __getitem__(self, i):
-        image = central_square(read_image(self.paths[i], self.rules), self.size)
-        return image_tensor(image), self.labels[i]
+        pixels = read_channels(self.paths[i], self.rules)
+        return _square_of(pixels, self.size), self.labels[i]
 
 # %% ../../nbs/images/05_files.ipynb #363dd7b3
 def _cropped(pixels: Tensor, box: list[int], flip: bool, crop: RandomResizedCrop) -> Tensor:
-    "One crop of an image, `(3, S, S)`, uint8."
+    "One crop of an image, `(C, S, S)`, uint8."
     top, left, height, width = box
     if crop.antialias and crop.interpolation in ("bilinear", "bicubic"):
         view = pixels[None, :, top : top + height, left : left + width]

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .listing import IMAGE_SUFFIXES, Items
+from .bands import BAND_SUFFIXES
+from .listing import Items
 from ..core.choices import quoted
 from ..core.store import write_atomic
 
@@ -70,7 +71,7 @@ def _check_names(names: Sequence[str], origin: str) -> None:
         if not name.strip(): reason = "is blank"
         elif "/" in name or "\\" in name: reason = "holds a path, and not a file name alone"
         elif not (label and rest and name == name.strip() and name.isprintable()
-                  and suffix.lower() in IMAGE_SUFFIXES):
+                  and suffix.lower() in BAND_SUFFIXES):
             reason = "is no image CLASS_NAME, such as n01440764_10026.JPEG"
         elif name in lines: reason = f"repeats line {lines[name]}"
         if reason: raise ValueError(f"{origin}, line {line}: {name!r} {reason}")

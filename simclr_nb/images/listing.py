@@ -12,7 +12,7 @@ import random
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from copy import copy
 from operator import index as as_int
 from pathlib import Path
@@ -162,7 +162,7 @@ def _packed(**texts: Iterable[str]) -> dict[str, np.ndarray]:
 # %% ../../nbs/images/01_listing.ipynb #1005f1b5
 _RACY = 2_000_000_000  # ns; the coarsest clock of a file system in use, that of FAT
 
-def _scan(root: str) -> dict[str, np.ndarray]:
+def _scan(root: str, suffixes: Collection[str] = IMAGE_SUFFIXES) -> dict[str, np.ndarray]:
     "Arrays of all images below a folder."
     number = {}  # of each folder
     stamps = []
@@ -176,7 +176,7 @@ def _scan(root: str) -> dict[str, np.ndarray]:
             racy = abs(time.time_ns() - max(kind)) < _RACY
             stamps.append((0, 0) if racy else kind)
         elif kind != "file": left_out[kind] += 1
-        elif suffix not in IMAGE_SUFFIXES: left_out[suffix] += 1
+        elif suffix not in suffixes: left_out[suffix] += 1
         else:
             group.append(number[folder])
             names.append(name)
@@ -224,23 +224,28 @@ class FileIndex(Items):
 def _reason(root: str) -> str:
     "Why a folder has no image."
     others = [name for _, name, kind in _walk(root) if name and kind != "unreadable"]
-    return f"only other files, such as {quoted(min(others))}" if others else "it is empty"
+    if not others: return "it is empty"
+    reason = f"only other files, such as {quoted(min(others))}"
+    has_arrays = any(name.lower().endswith(".npy") for name in others)
+    if has_arrays: reason += "; .npy files are read with channels (--channels)"
+    return reason
 
 # %% ../../nbs/images/01_listing.ipynb #a8e40078
 def index_images(
     folder: str | Path,  # Searched with all its sub-folders
     least: int = 10_000,  # Images from which on a cache is kept
     cache: str | Path | None = None,  # Folder of the caches; `cache_folder()` by default
+    suffixes: Collection[str] = IMAGE_SUFFIXES,  # Of what is an image, in lower case
 ) -> FileIndex:
     "Image files by suffix, sorted; raises `FileNotFoundError` or `ValueError` where there is none."
     root = os.path.realpath(folder)
     if not os.path.isdir(root): raise FileNotFoundError(f"no such folder: {quoted(folder)}")
-    about = dict(version="2", folder=quoted(root), suffixes=" ".join(sorted(IMAGE_SUFFIXES)))
+    about = dict(version="2", folder=quoted(root), suffixes=" ".join(sorted(suffixes)))
     name = hashlib.sha256(os.fsencode(root)).hexdigest()[:32]
     path = Path(cache or cache_folder()) / "folders" / f"{name}.safetensors"
     arrays = read_cache(path, about)
     if arrays is None or not _fresh(root, arrays):
-        arrays = _scan(root)
+        arrays = _scan(root, suffixes)
         n_images = len(arrays["group"])
         if not n_images: raise ValueError(f"no image in {quoted(folder)}: {_reason(root)}")
         if n_images >= least: keep_cache(path, arrays, about)

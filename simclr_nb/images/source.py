@@ -10,7 +10,7 @@ __all__ = ['NAMED_SOURCES', 'find_images', 'Source', 'folder_source', 'shard_sou
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,9 +23,10 @@ from ..core.processes import is_main
 from ..core.choices import quoted
 from ..core.work import in_threads, with_progress
 from .arrays import ImageArrays, load_arrays
+from .bands import probe_channels
 from .layout import read_layout
-from .listing import Items, has_images, index_images
-from .pixels import PixelRules, PixelSummary, probe_image
+from .listing import IMAGE_SUFFIXES, Items, has_images, index_images
+from .pixels import PixelRules, PixelSummary
 from .shards import ShardIndex, is_shards, open_shards
 from fastai.data.external import URLs, untar_data
 
@@ -80,9 +81,10 @@ def folder_source(
     folder: str | Path,  # Images, perhaps in sub-folders
     name: str | None = None,  # Name in reports; the folder's by default
     valid_share: float = 0.1,  # Share held out where the folder has no validation set of its own
+    suffixes: Collection[str] = IMAGE_SUFFIXES,  # Of what is an image; see `BAND_SUFFIXES`
 ) -> Source:
     "Source from a folder, by its layout; raises as `find_images` and `read_layout` do."
-    layout = read_layout(index_images(folder))
+    layout = read_layout(index_images(folder, suffixes=suffixes))
     name = name or quoted(os.path.basename(os.path.abspath(folder)))
     train = layout.train.deal()
     if layout.valid is None: source = _hold_out(name, train, layout.classes, valid_share)
@@ -139,6 +141,7 @@ def is_built_in(
 # %% ../../nbs/images/06_source.ipynb #6266fce8
 def find_source(
     data: str | Path | Source,  # Name of a data set, folder, or a source as it is
+    suffixes: Collection[str] = IMAGE_SUFFIXES,  # Of what is an image in a folder
 ) -> Source:
     "Source by name or folder, where a folder comes first; raises `FileNotFoundError` for neither."
     if isinstance(data, Source): return data
@@ -150,9 +153,29 @@ def find_source(
     if not is_shards(data) and not os.path.isdir(data):
         named = f"named data sets are {', '.join(NAMED_SOURCES)}"
         raise FileNotFoundError(f"no such folder or data set: {str(data)!r}; {named}")
-    source = shard_source(data) if is_shards(data) else folder_source(data)
+    source = shard_source(data) if is_shards(data) else folder_source(data, suffixes=suffixes)
     if str(data) not in NAMED_SOURCES: return source
     return replace(source, found=f"{source.found}; this folder, not the built-in data set {data}")
+
+# %% ../../nbs/images/06_source.ipynb #6c36a9be
+@patch
+def hold_out(
+    self: Source,
+    share: float,  # Of the training images, in (0, 1)
+) -> Source:  # `split` says so
+    "Validate on a part of the training images, balanced over classes; raises `ValueError`."
+    if not 0 < share < 1: raise ValueError(f"valid_part must lie in (0, 1), got {share}")
+    n = max(round(share * len(self.train)), 2)
+    split = f"{n} of the training images, for choices; the test images stay unseen"
+    found = f"{self.found or quoted(self.name)}; validated on {split}"
+    if self.in_memory:
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
+        rows = order[n:].sort().values, order[:n].sort().values
+        train, valid = (ImageArrays(*self.train[some]) for some in rows)
+    else:
+        dealt = self.train.deal()
+        train, valid = dealt[n:], dealt[:n]
+    return replace(self, train=train, valid=valid, split=split, found=found)
 
 # %% ../../nbs/images/06_source.ipynb #bc79d650
 @patch
@@ -172,7 +195,7 @@ def _probe_all(paths: Sequence[Path], progress: bool, rules: PixelRules,
     "Sizes `(N, 2)` of images, and by row why one cannot be decoded; holds no list of all paths."
     sizes = np.zeros((len(paths), 2), np.int32)
     bad = {}
-    probes = in_threads(lambda row: probe_image(paths[row], rules), len(paths))
+    probes = in_threads(lambda row: probe_channels(paths[row], rules), len(paths))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is an error
         for row, probe in enumerate(with_progress(probes, len(paths), progress)):
@@ -234,7 +257,7 @@ def check(
     self: Source,
     skip_bad: bool = False,  # Leave damaged files out instead of raising
     progress: bool = True,  # Show a progress bar with ETA
-    rules: PixelRules = PixelRules(),  # Limit of pixels, and ranges of deep values if given
+    rules: PixelRules = PixelRules(),  # Limit of pixels, channels and ranges if given
 ) -> Source:  # Its `skipped`, `size` and `rules` say what was found
     "Decode every file; raises `ValueError` that names the first damaged one, counts the others."
     if self.in_memory: return self
@@ -250,6 +273,9 @@ def check(
     skipped = [line for _, bad in probed for line in bad.values()]
     _refuse(skipped, n_files, skip_bad)
     if skipped: sets = _without(self, [bad for _, bad in probed])
+    if min(map(len, sets)) < 2:
+        raise ValueError(f"too few sound images: {len(sets[0])} for training and {len(sets[1])} to "
+                         f"validate, {len(skipped)} are damaged; at least 2 of each are needed")
     sizes = np.concatenate([np.delete(sizes, [*bad], 0) for sizes, bad in probed])
     size = tuple(sizes[0].tolist()) if (sizes == sizes[0]).all() else None
     rules = _settled(summary, rules)
@@ -267,4 +293,26 @@ def load(
     if self.in_memory or self.size is None or max(self.size) > _SMALL: return self
     train = load_arrays(self.train, self.labels(self.train), progress, self.rules)
     valid = load_arrays(self.valid, self.labels(self.valid), progress, self.rules)
+    return replace(self, train=train, valid=valid)
+
+# %% ../../nbs/images/06_source.ipynb #fad53430
+@patch(as_prop=True)
+def channels(self: Source) -> int:
+    "Channels of each image, 3 for RGB."
+    return self.train.images.shape[1] if self.in_memory else self.rules.channels or 3
+
+# %% ../../nbs/images/06_source.ipynb #3c707065
+@patch
+def with_channels(
+    self: Source,
+    channels: int | None,  # Of each image; None: as they are
+) -> Source:
+    "Images of so many channels; raises `ValueError` for arrays that have others."
+    if channels is None or channels == self.channels: return self
+    sets = [self.train, self.valid]
+    is_gray = all((s.images == s.images[:, :1]).all() for s in sets)
+    if channels != 1 or not is_gray:
+        raise ValueError(f"images in memory have {self.channels} channels, and channels is "
+                         f"{channels}: give arrays of that many")
+    train, valid = (ImageArrays(s.images[:, :1].contiguous(), s.labels) for s in sets)
     return replace(self, train=train, valid=valid)

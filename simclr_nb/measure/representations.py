@@ -12,7 +12,7 @@ import torch
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
 
-from ..model.inputs import evaluating, memory_format_for
+from ..model.inputs import evaluating, input_channels, memory_format_for
 
 # %% ../../nbs/measure/01_representations.ipynb #63525b9d
 @torch.no_grad()
@@ -39,5 +39,6 @@ def feature_width(
     size: int,  # S, side of the images in pixels
 ) -> int:  # D
     "Number of values of a representation; leaves the encoder bit-identical."
-    h, _ = represent(encoder, [(torch.zeros(2, 3, size, size), torch.zeros(2))])
+    blank = torch.zeros(2, input_channels(encoder), size, size)
+    h, _ = represent(encoder, [(blank, torch.zeros(2))])
     return h.shape[1]

@@ -18,16 +18,12 @@ from ..views.policy import Policy
 from ..views.two_views import TwoViews
 from ..train.callbacks import ScheduleCallback
 from ..model.encoder import create_encoder
-from simclr_nb.learner import (
-    CURVES,
-    SimCLRLearner,
-    check_options,
-    contrastive_learner,
-    policy_for,
-)
+from ..learner import CURVES, SimCLRLearner, contrastive_learner
+from ..train.parts import check_options, policy_for
 from ..loss.amdim import TERMS, AMDIMLoss, nce_top1
 from ..train.optim import warmup_milestones
 from ..core.processes import join_processes
+from ..data import image_channels
 from fastai.data.core import DataLoaders
 from fastcore.meta import delegates
 
@@ -87,7 +83,8 @@ def amdim_learner(
     check_options(amdim_learner, kwargs)
     join_processes()
     policy = policy_for(dls, policy)
-    encoder = amdim_encoder(arch, policy.size, use_bn=use_bn, zero_init_last=zero_init_last)
+    encoder = amdim_encoder(arch, policy.size, use_bn=use_bn, zero_init_last=zero_init_last,
+                            in_channels=image_channels(dls))
     model = AMDIM(encoder, zero_init_last, near_identity)
     adam = partial(Adam, weight_decay=weight_decay, betas=betas)
     parts = model, AMDIMLoss(clip, penalty, terms, sampled), TwoViews(policy), adam

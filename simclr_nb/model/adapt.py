@@ -11,10 +11,16 @@ from functools import partial
 
 import torch
 import torchvision
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.choices import check_choice
-from .inputs import channel_normalization, check_image_batch, evaluating
+from simclr_nb.model.inputs import (
+    channel_normalization,
+    check_channels,
+    check_image_batch,
+    evaluating,
+)
 
 # %% ../../nbs/model/03_adapt.ipynb #bec6491a
 def _cut_classifier(model: nn.Module, images: Tensor) -> str:
@@ -39,13 +45,23 @@ class _Reached(Exception):
     "Carries the output of a layer out of a forward pass that need not go on."
 
 
+def _is_traced() -> bool:
+    "Whether a graph is being made of the forward pass, which an exception would break."
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # since 2.7
+    return exporting() or torch.jit.is_tracing()
+
+
 def _run_to(model: nn.Module, layer: str, x: Tensor) -> object:
     "Output of one layer of a model; raises `ValueError` if the forward pass never comes there."
-    def stop(module, inputs, output): raise _Reached(output)
+    outputs = []
+    def stop(module, inputs, output):
+        outputs.append(output)
+        if not _is_traced(): raise _Reached()
     hook = model.get_submodule(layer).register_forward_hook(stop)
     try: model(x)
-    except _Reached as reached: return reached.args[0]
+    except _Reached: pass
     finally: hook.remove()
+    if outputs: return outputs[0]
     raise ValueError(f"the forward pass does not run the layer {layer!r}; name another")
 
 # %% ../../nbs/model/03_adapt.ipynb #066cad95
@@ -56,7 +72,7 @@ def _as_h(out: object, n: int, class_token: bool) -> Tensor:
     shape = f"{out.dtype} of shape {tuple(out.shape)}"
     if out.ndim == 4: out = out.mean(dim=(2, 3))
     if out.ndim == 3: out = out[:, 0] if class_token else out.mean(dim=1)
-    if out.ndim == 2 and len(out) == n and out.is_floating_point(): return out
+    if out.ndim == 2 and out.shape[0] == n and out.is_floating_point(): return out
     raise ValueError(f"expected h ({n}, D) of {n} images, got {shape}; name a `layer`")
 
 # %% ../../nbs/model/03_adapt.ipynb #be57acc9
@@ -64,44 +80,60 @@ class AdaptedEncoder(nn.Module):
     "Any network as an encoder; made by `adapt_encoder`, which says how h is found."
     def __init__(
         self,
-        model: nn.Module,  # Network that takes images `(N, 3, H, W)`
+        model: nn.Module,  # Network that takes images `(N, C, H, W)`
         layer: str = "",  # Submodule whose output becomes h; "": what the network returns
-        mean: Iterable | None = None,  # Taken off the channels of the images, three values
-        std: Iterable | None = None,  # Then divided by, three values
+        mean: Iterable | None = None,  # Taken off the channels of the images, C values
+        std: Iterable | None = None,  # Then divided by, C values
+        in_channels: int = 3,  # C, of the images; 3: RGB
     ):
         super().__init__()
-        self.model, self.layer = model, layer
+        self.model, self.layer, self.in_channels = model, layer, check_channels(in_channels)
         names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
         self.class_token = bool(names & {"class_token", "cls_token"})
         like = next(model.parameters(), torch.empty(0))  # device and precision
-        for name, value in zip(("mean", "std"), channel_normalization(mean, std, like)):
+        values = channel_normalization(mean, std, like, in_channels)
+        for name, value in zip(("mean", "std"), values, strict=True):
             self.register_buffer(name, value, persistent=False)
 
     def forward(
         self,
-        x: Tensor,  # Images, float in [0, 1], `(N, 3, H, W)`
+        x: Tensor,  # Images, float in [0, 1], `(N, C, H, W)`
     ) -> Tensor:  # Representations `h`, `(N, D)`
-        "Representations of images; raises `ValueError` or `TypeError` for other than float RGB."
-        check_image_batch(x)
+        "Representations of images; raises `ValueError` or `TypeError` for other images."
+        check_image_batch(x, self.in_channels)
         if self.mean is not None: x = (x - self.mean) / self.std
         out = _run_to(self.model, self.layer, x) if self.layer else self.model(x)
-        return _as_h(out, len(x), self.class_token)
+        return _as_h(out, x.shape[0], self.class_token)  # `len` would fix N in an export
+
+# %% ../../nbs/model/03_adapt.ipynb #a687b20c
+@patch
+def __prepare_scriptable__(self: AdaptedEncoder):
+    "Called first by `torch.jit.script`."
+    raise TypeError("torch.jit.script cannot compile an adapted network: use torch.export.export, "
+                    "torch.onnx.export or torch.jit.trace")
 
 # %% ../../nbs/model/03_adapt.ipynb #44208ab3
 def adapt_encoder(
-    model: nn.Module,  # Network that takes images `(N, 3, H, W)`; loses its classifier
+    model: nn.Module,  # Network that takes images `(N, C, H, W)`; loses its classifier
     layer: str | None = None,  # Submodule whose output becomes h; "": the model; None: find it
     size: int = 224,  # Side of the images to try it on, in pixels
-    mean: Iterable | None = None,  # Taken off the channels of the images, three values
-    std: Iterable | None = None,  # Then divided by, three values > 0
+    mean: Iterable | None = None,  # Taken off the channels of the images, C values
+    std: Iterable | None = None,  # Then divided by, C values > 0
+    in_channels: int = 3,  # C, of the images; 3: RGB
 ) -> AdaptedEncoder:  # Encoder with `out_dim`; shares the model's weights
     "Any network as an encoder; raises `ValueError` or `TypeError` where no h can be found."
+    asked = dict(layer=layer, size=size, in_channels=in_channels)
     if layer: check_choice("layer", layer, [name for name, _ in model.named_modules() if name])
-    images = next(model.parameters(), torch.empty(0)).new_zeros(2, 3, size, size)
+    images = next(model.parameters(), torch.empty(0))
+    images = images.new_zeros(2, check_channels(in_channels), size, size)
     with evaluating(model), torch.no_grad():
         if layer is None: layer = _cut_classifier(model, images)
-        encoder = AdaptedEncoder(model, layer, mean, std)
+        encoder = AdaptedEncoder(model, layer, mean, std, in_channels)
         encoder.out_dim = encoder(images).shape[1]
+    for name in ("mean", "std"):
+        value = getattr(encoder, name)
+        asked[name] = None if value is None else value.flatten().tolist()
+    encoder.adapted = asked  # `load_encoder` does the same to another network of this kind
     return encoder
 
 # %% ../../nbs/model/03_adapt.ipynb #e96c9b8c
@@ -110,6 +142,22 @@ def _wake_blocks(model: nn.Module) -> None:
     for m in model.modules():
         norm = isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine
         if norm and not m.weight.any(): nn.init.ones_(m.weight)
+
+# %% ../../nbs/model/03_adapt.ipynb #9132003c
+@torch.no_grad()
+def _change_input(model: nn.Module, in_channels: int, pretrained: bool) -> nn.Module:
+    "Give a network for RGB a first convolution of other channels."
+    name, old = next((name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, old.padding,
+                    old.dilation, bias=old.bias is not None, padding_mode=old.padding_mode)
+    share = 3 / in_channels
+    if pretrained: new.weight.copy_(share * old.weight.mean(1, keepdim=True))
+    else: new.weight.normal_().mul_(share**0.5 * old.weight.std())
+    if old.bias is not None: new.bias.copy_(old.bias)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+    if hasattr(model, "transform_input"): model.transform_input = False  # it is for RGB
+    return model
 
 # %% ../../nbs/model/03_adapt.ipynb #3c10682e
 def _library_encoder(
@@ -121,40 +169,51 @@ def _library_encoder(
     mean: Iterable | None = None,
     std: Iterable | None = None,
     zero_init_last: bool = True,
+    in_channels: int = 3,
     **options,
 ) -> AdaptedEncoder:
     "Encoder from a network of a library, with `config`."
     forbidden = [name for name in options if "pretrained" in name or "checkpoint" in name]
     if forbidden: raise ValueError(f"instead of {', '.join(forbidden)} say weights='DEFAULT'")
-    model = create(**options)
+    model = create(check_channels(in_channels), **options)
     if not zero_init_last: _wake_blocks(model)
-    encoder = adapt_encoder(model, usual if layer is None else layer, size, mean, std)
+    layer_of_h = usual if layer is None else layer
+    encoder = adapt_encoder(model, layer_of_h, size, mean, std, in_channels)
     mean, std = (None if v is None else [float(u) for u in v] for v in (mean, std))
     encoder.config = dict(arch=arch, size=size, layer=layer, mean=mean, std=std, **options)
+    if in_channels != 3: encoder.config["in_channels"] = in_channels
     return encoder
 
 # %% ../../nbs/model/03_adapt.ipynb #0c573929
 def torchvision_encoder(
     name: str,  # A classifier of torchvision, such as "mobilenet_v3_small"
     weights: str | None = None,  # "DEFAULT": pretrained, downloaded; None: random
-    **kwargs,  # `size`, `layer`, `mean`, `std`, as in `adapt_encoder`; options of the network
+    **kwargs,  # Options of `adapt_encoder`, such as `in_channels`, and of the network
 ) -> AdaptedEncoder:
     "Network of torchvision as an encoder, with `config`; raises `ValueError` for unknown names."
     names = torchvision.models.list_models(module=torchvision.models)
     check_choice("network of torchvision", name, names)
-    create = partial(torchvision.models.get_model, name, weights=weights)
+    def create(in_channels, **options):
+        if name.startswith("vit_") and "size" in kwargs:
+            options.setdefault("image_size", kwargs["size"])
+        model = torchvision.models.get_model(name, weights=weights, **options)
+        return model if in_channels == 3 else _change_input(model, in_channels, bool(weights))
     return _library_encoder(f"torchvision/{name}", create, None, **kwargs)
 
 # %% ../../nbs/model/03_adapt.ipynb #15ac286b
 def timm_encoder(
     name: str,  # A network of timm, such as "convnext_atto"; ".TAG" of the weights may follow
     weights: str | None = None,  # "DEFAULT": pretrained, downloaded; None: random
-    **kwargs,  # `size`, `layer`, `mean`, `std`, as in `adapt_encoder`; options of the network
+    **kwargs,  # Options of `adapt_encoder`, such as `in_channels`, and of the network
 ) -> AdaptedEncoder:
     "Network of timm as an encoder; raises `ValueError` for unknown names, or `ImportError`."
     try: import timm
     except ImportError: raise ImportError("'timm/...' needs timm: pip install timm") from None
     check_choice("weights", weights, (None, "DEFAULT"))  # others have a name of their own
     check_choice("network of timm", name.split(".")[0], timm.list_models())
-    create = partial(timm.create_model, name, pretrained=bool(weights), num_classes=0)
+    def create(in_channels, **options):
+        if in_channels != 3: options["in_chans"] = in_channels
+        fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
+        if fixed and "size" in kwargs: options.setdefault("img_size", kwargs["size"])
+        return timm.create_model(name, pretrained=bool(weights), num_classes=0, **options)
     return _library_encoder(f"timm/{name}", create, "", **kwargs)  # what timm returns is h

@@ -149,9 +149,13 @@ def forward(
 def amdim_encoder(
     name: str,  # "NDF-RKHS-DEPTH", such as "128-1024-10"
     size: int = 32,  # Side of the views: 32, 64 or 128 pixels
+    in_channels: int = 3,  # AMDIM takes RGB alone
     **kwargs,  # Further options of `AMDIMEncoder`
 ) -> AMDIMEncoder:
-    "Encoder by name; raises `ValueError` for another form of name. Used by `create_encoder`."
+    "Encoder by name; raises `ValueError` for other forms of name, and images that are not RGB."
+    if in_channels != 3:
+        raise ValueError(f"AMDIM's encoders take RGB images, got {in_channels} channels: choose "
+                         "another encoder, such as resnet18")
     try: ndf, n_rkhs, n_depth = map(int, name.split("-"))
     except ValueError:
         form = "amdim/NDF-RKHS-DEPTH, such as amdim/128-1024-10"

@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import __version__
 from ..core.choices import check_choice
-from ..core.store import write_atomic
-from .adapt import timm_encoder, torchvision_encoder
+from ..core.store import parse_json, write_atomic
+from .adapt import AdaptedEncoder, adapt_encoder, timm_encoder, torchvision_encoder
 from .amdim import amdim_encoder
-from .inputs import evaluating
+from .inputs import evaluating, input_channels
 from .resnet import resnet_encoder
 
 # %% ../../nbs/model/06_encoder.ipynb #c7eceb80
@@ -42,41 +42,54 @@ def create_encoder(
 ) -> nn.Module:  # Encoder with attributes `out_dim` and `config`
     "Encoder by name; raises `ValueError` that lists what is allowed, `ImportError` without timm."
     if "/" not in arch: return FAMILIES["resnet"](arch, width=width, stem=stem, **kwargs)
-    if (width, stem) != (1.0, "imagenet"):
-        raise ValueError(f"{arch!r} has no options width and stem, got {width} and {stem!r}")
+    for option, value, usual in (("width", width, 1.0), ("stem", stem, "imagenet")):
+        if value == usual: continue
+        raise ValueError(f"{arch!r} has no {option}, got {value!r}: leave it out")
     family, name = arch.split("/", 1)
     check_choice("family of encoders", family, FAMILIES)
     return FAMILIES[family](name, **kwargs)
 
 # %% ../../nbs/model/06_encoder.ipynb #5c557a0b
 def encoder_stats(
-    encoder: nn.Module,  # Any module that maps images `(N, 3, H, W)` to `(N, D)`
+    encoder: nn.Module,  # Any module that maps images `(N, C, H, W)` to `(N, D)`
     size: int,  # Side of the images, in pixels
 ) -> dict:  # `params`, `macs` (multiply-adds per image, convolutions and matrices), `out_dim`
     "Parameters, multiply-adds and output width of an encoder, counted without computing anything."
     state = {k: v.to("meta") for k, v in chain(encoder.named_parameters(), encoder.named_buffers())}
-    image = torch.empty(1, 3, size, size, device="meta")
+    image = torch.empty(1, input_channels(encoder), size, size, device="meta")
     with evaluating(encoder), torch.no_grad(), FlopCounterMode(display=False) as counter:
         h = functional_call(encoder, state, image)
     params = sum(p.numel() for p in encoder.parameters())
     return dict(params=params, macs=counter.get_total_flops() // 2, out_dim=h.shape[1])
 
 # %% ../../nbs/model/06_encoder.ipynb #79ad7eb9
+def _identity(encoder: nn.Module) -> dict:
+    "What is needed to rebuild an encoder, or to find h in a module of the user's own."
+    if isinstance(getattr(encoder, "config", None), dict): return dict(config=encoder.config)
+    adapted = getattr(encoder, "adapted", None)
+    module = encoder if adapted is None else encoder.model
+    return dict(config=None, module=type(module).__qualname__, adapted=adapted)
+
+
+def _weights(encoder: nn.Module) -> dict:
+    "Weights on the CPU, each in memory of its own; raises `TypeError` for a state of another kind."
+    state = encoder.state_dict()
+    other = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if other: raise TypeError(f"{other[0]!r} of the encoder is no tensor: it cannot be saved")
+    layout = torch.contiguous_format
+    return {name: v.detach().cpu().clone(memory_format=layout) for name, v in state.items()}
+
+# %% ../../nbs/model/06_encoder.ipynb #03b3421e
 def save_encoder(
-    encoder: nn.Module,  # Encoder from `create_encoder`, on any device
+    encoder: nn.Module,  # Encoder, on any device
     path: str | Path,  # File to write, `.safetensors` by custom
     **metadata,  # Anything to remember that JSON can hold
 ) -> Path:  # The path written
-    "Save weights and what is needed to rebuild the encoder; raises `TypeError` for other modules."
-    if not isinstance(getattr(encoder, "config", None), dict):
-        name = type(encoder).__name__
-        raise TypeError(f"{name} has no `config` to rebuild it from; make it with create_encoder,"
-                        " or save its state_dict")
-    fields = dict(config=encoder.config, version=__version__, metadata=metadata)
+    "Save weights, and how to rebuild or refill the encoder; raises `TypeError` for other states."
+    fields = _identity(encoder) | dict(version=__version__, metadata=metadata)
     try: description = json.dumps(fields)
     except TypeError as e: raise TypeError(f"metadata must fit into JSON: {e}") from None
-    state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
-    return write_atomic(path, save(state, metadata={"simclr_nb": description}))
+    return write_atomic(path, save(_weights(encoder), metadata={"simclr_nb": description}))
 
 # %% ../../nbs/model/06_encoder.ipynb #2a248843
 def _read_safetensors(path: Path) -> tuple:
@@ -90,22 +103,47 @@ def _read_safetensors(path: Path) -> tuple:
         raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {e}") from None
     if "simclr_nb" not in header:
         raise ValueError(f"{str(path)!r} was not written by save_encoder; it cannot be rebuilt")
-    return state, json.loads(header["simclr_nb"])
+    try: description = parse_json(header["simclr_nb"])
+    except ValueError as e: raise ValueError(f"{str(path)!r} is damaged: {e}") from None
+    for key in ("config", "metadata"):
+        is_users = key == "config" and isinstance(description.get("module"), str)
+        if not (is_users or isinstance(description.get(key), dict)):
+            raise ValueError(f"{str(path)!r} has no {key}: it is damaged, or of another version "
+                             f"than {__version__}")
+    return state, description
+
+# %% ../../nbs/model/06_encoder.ipynb #1df42929
+def _built(description: dict) -> nn.Module:
+    "Encoder from the configuration in a file, without its weights where that can be."
+    config = {k: v for k, v in description["config"].items() if k != "weights"}
+    library = "/" in str(config.get("arch", ""))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if library else "meta"):
+        return create_encoder(**config)
+
+
+def _adapted(module: nn.Module, options: dict | None) -> nn.Module:
+    "A user's module as it was when it was saved: adapted, or as it is."
+    if options is None or isinstance(module, AdaptedEncoder): return module
+    return adapt_encoder(module, **options)
 
 # %% ../../nbs/model/06_encoder.ipynb #84c5a5b9
 def load_encoder(
     path: str | Path,  # File written by `save_encoder`
     device: str | torch.device = "cpu",  # Where the encoder goes
+    module: nn.Module | None = None,  # Module of yours that gets the weights; built by default
 ) -> nn.Module:  # Encoder in evaluation mode; `config` and `metadata` say what it is
     "Load an encoder; raises `FileNotFoundError`, `ValueError` for a bad file, or `ImportError`."
     state, description = _read_safetensors(Path(path))
+    if module is None and description["config"] is None:
+        raise ValueError(f"{str(path)!r} holds weights of your own {description['module']}, which "
+                         "cannot be built from a file: load_encoder(path, module=...)")
     try:
-        config = {k: v for k, v in description["config"].items() if k != "weights"}
-        library = "/" in config.get("arch", "")
-        with torch.random.fork_rng(devices=[]), torch.device("cpu" if library else "meta"):
-            encoder = create_encoder(**config)
-        encoder.load_state_dict(state, assign=True)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{str(path)!r} does not fit {description.get('config')}: {e}") from None
-    encoder.metadata = {**description["metadata"], "version": description["version"]}
+        if module is None: encoder = _built(description)
+        else: encoder = _adapted(module, description.get("adapted"))
+        encoder.load_state_dict(state, assign=module is None)
+    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as e:
+        what = description["config"] if module is None else type(module).__name__
+        why = " ".join(str(e).split())[:300]
+        raise ValueError(f"{str(path)!r} does not fit {what}: {why}") from None
+    encoder.metadata = {**description["metadata"], "version": description.get("version")}
     return encoder.to(device).eval()

@@ -9,13 +9,14 @@ __all__ = ['DEPTHS', 'ResNet', 'encoder_stem', 'resnet_encoder']
 from functools import partial
 from numbers import Real
 
+import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 from ..core.choices import check_choice
-from .inputs import NARROW, check_image_batch
+from .inputs import NARROW, check_channels, check_image_batch
 
 # %% ../../nbs/model/02_resnet.ipynb #4592d738
 DEPTHS = {  # depth: (kind of block, number of blocks in each group)
@@ -47,7 +48,8 @@ class _SlicedConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         "Convolve `(N, C, H, W)`."
-        return super().forward(x[:, :, :: self.step, :: self.step])
+        x = x[:, :, :: self.step, :: self.step]
+        return self._conv_forward(x, self.weight, self.bias)  # TorchScript knows no super()
 
 
 def _shortcut_conv(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
@@ -73,7 +75,7 @@ class _SamePool(nn.MaxPool2d):
     "3x3 max pooling with stride 2, padded as by TensorFlow: on even sides only below and right."
     def forward(self, x: Tensor) -> Tensor:
         "Pool `(N, C, H, W)`; odd sides are padded by 1 before and after, even ones only after."
-        odd = (x.shape[-2] % 2, x.shape[-1] % 2)
+        odd = [x.shape[-2] % 2, x.shape[-1] % 2]
         return F.max_pool2d(x, 3, 2, odd, ceil_mode=True)  # the last window may hang over
 
 
@@ -111,6 +113,7 @@ class ResNet(nn.Module):
         shortcut: str = "identity",  # First group: "identity" or, as officially, "projection"
         zero_init_last: bool = True,  # Residual blocks start as the identity
         pool_padding: str = "torch",  # ImageNet stem: "torch" or, as officially, "same"
+        in_channels: int = 3,  # Of the images; 3: RGB
     ):
         super().__init__()
         check_choice("depth", depth, DEPTHS)
@@ -119,9 +122,11 @@ class ResNet(nn.Module):
         check_choice("pool_padding", pool_padding, POOLS)
         self.config = dict(arch=f"resnet{depth}", width=width, stem=stem, shortcut=shortcut,
                            pool_padding=pool_padding)
+        if in_channels != 3: self.config["in_channels"] = check_channels(in_channels)
+        self.in_channels = in_channels
         channels = _channels(width)
         kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
-        self.conv1 = nn.Conv2d(3, channels, kernel, stride, padding=kernel // 2, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = POOLS[pool_padding]() if stem == "imagenet" else nn.Identity()
@@ -134,10 +139,10 @@ class ResNet(nn.Module):
 @patch
 def forward(
     self: ResNet,
-    x: Tensor,  # Images, float in [0, 1], `(N, 3, H, W)`
+    x: Tensor,  # Images, float in [0, 1], `(N, C, H, W)`, with C the encoder's `in_channels`
 ) -> Tensor:  # Representations `h`, `(N, D)`, never negative
-    "Representations of images; raises `ValueError` or `TypeError` for other than float RGB."
-    check_image_batch(x)
+    "Representations of images; raises `ValueError` or `TypeError` for other images."
+    if not torch.jit.is_scripting(): check_image_batch(x, self.in_channels)
     x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
     x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
     return x.mean(dim=(2, 3))

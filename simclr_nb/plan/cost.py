@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..core.choices import check_choice
 from ..model.encoder import create_encoder
+from ..model.inputs import input_channels
 from ..model.head import SimCLR, projection_head
 from ..model.resnet import encoder_stem
 from ..parallel.norm import batch_norms
@@ -149,7 +150,7 @@ PRECISIONS = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 # %% ../../nbs/plan/01_cost.ipynb #473436d9
 def _listen(model: SimCLR, size: int, views: int, dtype: torch.dtype) -> tuple:
     "Operations, bytes saved, most bytes held, and widths of h and z of a step."
-    x = torch.empty(views, 3, size, size, device="meta", dtype=dtype)
+    x = torch.empty(views, input_channels(model.encoder), size, size, device="meta", dtype=dtype)
     known = {t.untyped_storage()._cdata for t in (x, *model.parameters())}
     saved = {}
 
@@ -194,12 +195,14 @@ def count_encoder(
     width: float = 1.0,  # Multiplies the channels of the encoder
     size: int = 224,  # Side of the views, in pixels
     precision: str = "fp32",  # "fp32", "bf16" or "fp16" activations
+    channels: int = 3,  # Of the images; 3: RGB
 ) -> Count:
     "Count of an encoder by name, with its usual stem and the paper's head; raises `ValueError`."
     if size < 1: raise ValueError(f"size must be at least 1, got {size}")
     with torch.device("meta"):
-        if "/" in arch: encoder = create_encoder(arch, width, size=size)
-        else: encoder = create_encoder(arch, width, encoder_stem(size))
+        options = {} if channels == 3 else dict(in_channels=channels)
+        if "/" in arch: encoder = create_encoder(arch, width, size=size, **options)
+        else: encoder = create_encoder(arch, width, encoder_stem(size), **options)
         return count_step(SimCLR(encoder, projection_head(encoder.out_dim)), size, precision)
 
 # %% ../../nbs/plan/01_cost.ipynb #499c5bcf
@@ -212,13 +215,14 @@ def memory_parts(
     mixed: bool = False,  # Weights are cast to half precision
     dense: bool | None = None,  # Hold the whole matrix of similarities; None: up to 512 views
     tile: int = 4096,  # Rows and columns of a tile of the tiled loss; 896 on a CPU
+    channels: int = 3,  # Of the images
 ) -> dict[str, float]:  # Bytes on a device, by purpose; the sum is the peak
     "What fills the memory of a device during a step."
     chunk = 2 * min(micro_batch or batch, batch)  # views whose activations are held at a time
     views = 2 * batch
     rows = views * devices
     weights = 4 * count.params
-    pixels = 3 * size**2
+    pixels = channels * size**2
     h, z = count.dims
     copies = chunk * pixels * (2 * mixed + 4 * (chunk < views))
     activations = chunk * count.saved

@@ -32,13 +32,14 @@ from ..views.policy import create_policy
 
 # %% ../../nbs/plan/03_plan.ipynb #e8b3d2fb
 @cache
-def _augment_ops(size: int, crop: bool) -> tuple[Op, ...]:
+def _augment_ops(size: int, crop: bool, channels: int = 3) -> tuple[Op, ...]:
     "Operations of the augmentation of a view; without its crop where workers do that."
-    policy = create_policy("cifar" if size <= 64 else "paper", size)
+    name = "cifar" if size <= 64 else "paper"
+    policy = create_policy(name if channels == 3 else "bands", size)
     if not crop: policy = policy.after_crop()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        x = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8)
+        x = torch.randint(0, 256, (16, channels, size, size), dtype=torch.uint8)
         policy(x)  # what it caches is not counted
         return tuple(count_ops(policy, x))
 
@@ -57,6 +58,7 @@ class PlanConfig:
     data: str = "imagenet"  # "imagenet", "cifar10", or number x side of images: 50000x96
     arch: str = "resnet50"  # Encoder: resnet18, 34, ... 200, torchvision/NAME or timm/NAME
     width: float = 1.0  # Multiplies the channels of the encoder
+    channels: int = 3  # Of each image, such as 13; 3: RGB
     size: int | None = None  # Side of the views in pixels; ImageNet 224, else as the images
     batch: int = 4096  # Images in a batch, over all devices
     gpus: str = "8xh100"  # Devices: a100, 8xh100; nodes too: 4x8xa100; or cpu, this machine
@@ -97,7 +99,7 @@ def _place(config: PlanConfig) -> tuple[int, int, str]:
 # %% ../../nbs/plan/03_plan.ipynb #126a8b40
 def _check_counts(config: PlanConfig) -> None:
     "Refuse counts below 1."
-    for name in ("batch", "micro_batch", "epochs", "cores", "size"):
+    for name in ("batch", "micro_batch", "epochs", "cores", "size", "channels"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -151,7 +153,7 @@ def _work_of(count: Count, config: PlanConfig, size: int, world: int) -> dict[st
     return dict(
         forward=_Work(forward, views, chunks if chunks == 1 else 2 * chunks),
         backward=_Work(backward, views, chunks),
-        augment=_Work(_augment_ops(size, crop), n, 2),
+        augment=_Work(_augment_ops(size, crop, config.channels), n, 2),
         update=_Work(_other_ops(count, n, world), 1, 1))
 
 # %% ../../nbs/plan/03_plan.ipynb #4edb80dd
@@ -206,7 +208,7 @@ def _largest(fits: Callable, most: int) -> int:
 def _memory_of(count: Count, config: PlanConfig, size: int, world: int, device: Device) -> Callable:
     "Function of images on a device and micro-batch that gives the parts of memory."
     options = dict(devices=world, mixed=config.precision != "fp32", dense=config.dense or None,
-                   tile=896 if device.rates else 4096)
+                   tile=896 if device.rates else 4096, channels=config.channels)
     return lambda n, micro=None: memory_parts(count, size, n, micro, **options)
 
 # %% ../../nbs/plan/03_plan.ipynb #af7172a6
@@ -308,7 +310,7 @@ def run_plan(
     "Predict time and memory of a configuration; raises `ValueError` for one that makes no sense."
     images, size, nodes, each, name = _check(config)
     world = nodes * each
-    count = count_encoder(config.arch, config.width, size, config.precision)
+    count = count_encoder(config.arch, config.width, size, config.precision, config.channels)
     device = _device(name, config.precision)
     seconds = _times(count, config, size, (nodes, each), device)
     busy = sum(seconds.values())

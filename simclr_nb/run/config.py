@@ -6,6 +6,7 @@
 __all__ = ['LEARNER_OPTIONS', 'METHODS', 'RunConfig', 'Method', 'complete_config']
 
 # %% ../../nbs/run/00_config.ipynb #79a10eaa
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -14,10 +15,14 @@ import torch
 from ..core.choices import check_choice
 from ..images.source import is_built_in
 from ..learner import BASE_LR, simclr_learner
+from ..loss.alternatives import LOSSES
 from ..loss.tiled import NTXent
 from ..methods.amdim import amdim_encoder, amdim_learner
 from ..model.encoder import create_encoder
-from ..train.optim import scale_lr
+from ..model.head import projection_head
+from ..train.parts import HEADS
+from ..train.optim import OPTIMIZERS, scale_lr
+from ..views.policy import POLICIES
 
 # %% ../../nbs/run/00_config.ipynb #c94e07bd
 @dataclass
@@ -32,21 +37,37 @@ class RunConfig:
     bs: int | None = None  # Images in a batch, of all processes; 256, or half of all (96)
     temperature: float | None = None  # Softmax temperature of the loss; 0.5 for digits, else 0.2
     lr: float | None = None  # Base learning rate; twice the paper's: sqrt 0.15, linear 0.6 (0.002)
+    loss: str | None = None  # nt_xent, nt_logistic, margin_triplet, ... (Table 4); nt_xent
+    similarity: str | None = None  # Of projections: cosine, or dot: not normalised (Table 5)
+    head: str | None = None  # Projection head: identity, linear or mlp (Figure 8); mlp
+    hidden_layers: int | None = None  # Of an mlp head; 1
+    out_dim: int | None = None  # Width of the projection z; 128
+    batch_norm: bool = False  # BatchNorm in the head, as in the official code
+    stem: str | None = None  # First layers of a ResNet: cifar, imagenet, auto: by size; auto
+    optimizer: str | None = None  # lars, sgd, adam or adamw; lars
+    weight_decay: float | None = None  # Of weights, not of biases and BatchNorm; 1e-6
+    warmup_epochs: float | None = None  # Length of the warm-up; 10, at most a tenth of the run
     zero_init_last: bool = False  # Start residual blocks as the identity (amdim does always)
     scaling: str = "sqrt"  # How the learning rate grows with the batch: sqrt, linear or none
     size: int | None = None  # Side of the views in pixels; that of small images, else 96 (32, 64)
-    policy: str = "auto"  # Augmentation policy: auto, paper, cifar, digits or amdim
+    policy: str = "auto"  # Augmentation policy: auto, paper, cifar, digits, bands or amdim
+    second_policy: str | None = None  # That of second views, of the same size; the same
     strength: float | None = None  # Strength of the colour distortion, 0 to 1.25; the policy's own
     precision: str = "auto"  # auto, bf16, fp16 or fp32
     micro_batch: int | None = None  # Images whose activations are held at a time; all by default
     compiled: bool = False  # Compile the encoder: minutes at first, then faster steps
     seed: int = 0  # Seed of everything that is random
     workers: int | None = None  # Processes that decode large images; all cores
+    worker_timeout: float = 60.0  # Seconds in which no worker finishes an image, before we give up
+    valid_part: float | None = None  # Validate on this share of the training images, for choices
     n_train: int | None = None  # Use only so many training images, balanced over classes
     n_valid: int | None = None  # Use only so many validation images
     max_pixels: int | None = None  # Refuse images of more pixels; 89 million
     pixel_range: str | None = None  # Deep values that become 0 and 255, =0,4095; as found in them
+    channels: int | None = None  # Read all channels of TIFF and .npy files, so many; RGB
     skip_bad: bool = False  # Skip damaged image files, count and list them, instead of stopping
+    init: str | None = None  # Begin with encoder, head and optimiser of the finished run there
+    keep_state: bool = False  # Keep the optimiser of the finished run, for init of another
     out: str | None = None  # Folder of the run; a new one under "runs" by default
     resume: bool = False  # Go on with the run in that folder, or begin it if there is none
     checkpoint_minutes: float = 10.0  # Save the state of the run so often, and after each epoch
@@ -66,24 +87,46 @@ class Method:
 # %% ../../nbs/run/00_config.ipynb #e4a21d24
 LEARNER_OPTIONS = ("precision", "micro_batch", "compiled")  # settings for the learner of any method
 
+# %% ../../nbs/run/00_config.ipynb #1234dc38
+def _check_parts(config: RunConfig) -> None:
+    "Refuse names and numbers of the loss, the head and the optimiser that cannot be."
+    lists = dict(loss=LOSSES, head=HEADS, optimizer=OPTIMIZERS, second_policy=POLICIES,
+                 similarity=("cosine", "dot"))
+    for name, allowed in lists.items():
+        if getattr(config, name) is not None: check_choice(name, getattr(config, name), allowed)
+    NTXent(config.temperature)
+    layers = 1 if config.hidden_layers is None else config.hidden_layers
+    projection_head(1, hidden_layers=layers, kind=HEADS.get(config.head))
+    for name in ("weight_decay", "warmup_epochs"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    if (config.warmup_epochs or 0) > config.epochs:
+        raise ValueError(f"warmup_epochs must be 0 to {config.epochs}, got {config.warmup_epochs}")
+
 # %% ../../nbs/run/00_config.ipynb #5a554072
 def _simclr_defaults(config: RunConfig) -> dict:
     "Values for SimCLR, for short runs."
     is_digits = config.data == "digits" and is_built_in("digits")
-    values = dict(arch="resnet18", width=0.25, epochs=60 if is_digits else 12,
+    values = dict(arch="resnet18", epochs=60 if is_digits else 12,
                   temperature=0.5 if is_digits else 0.2)
-    if config.scaling in BASE_LR: values["lr"] = 2 * BASE_LR[config.scaling]
+    if "/" not in (config.arch or ""): values["width"] = 0.25  # others have no width
+    by_lars = config.optimizer in (None, "lars")
+    if config.scaling in BASE_LR and by_lars: values["lr"] = 2 * BASE_LR[config.scaling]
     return values
 
 
 def _check_simclr(config: RunConfig) -> None:
     "Refuse settings out of range."
-    if config.width > 64: raise ValueError(f"width must be at most 64, got {config.width}")
-    with torch.device("meta"): create_encoder(config.arch, config.width)
-    NTXent(config.temperature)
+    width = 1.0 if config.width is None else config.width
+    if width > 64: raise ValueError(f"width must be at most 64, got {width}")
+    stem = "imagenet" if config.stem in (None, "auto") else config.stem
+    with torch.device("meta"): create_encoder(config.arch, width, stem)
+    _check_parts(config)
     scale_lr(config.lr or 0.0, max(config.bs or 256, 1), config.scaling)
-    if config.lr is None and config.scaling == "none":
-        raise ValueError("scaling 'none' needs a learning rate: give lr (--lr)")
+    if config.lr is None:
+        reason = "scaling 'none'" if config.scaling == "none" else f"optimizer {config.optimizer!r}"
+        raise ValueError(f"{reason} needs a learning rate: give lr (--lr)")
 
 # %% ../../nbs/run/00_config.ipynb #002ebefd
 def _amdim_defaults(config: RunConfig) -> dict:
@@ -96,13 +139,16 @@ def _amdim_defaults(config: RunConfig) -> dict:
 
 def _check_amdim(config: RunConfig) -> None:
     "Refuse settings out of range."
-    with torch.device("meta"): amdim_encoder(config.arch, config.size)
+    channels = config.channels or 3
+    with torch.device("meta"): amdim_encoder(config.arch, config.size, in_channels=channels)
     if config.lr <= 0: raise ValueError(f"lr must be above 0, got {config.lr}")
 
 # %% ../../nbs/run/00_config.ipynb #cff7dc92
 METHODS = {  # value of `RunConfig.method` to what a run must know of it
     "simclr": Method("SimCLR", simclr_learner, _simclr_defaults, _check_simclr,
-                     ("width", "temperature", "zero_init_last"), ("scaling",)),
+                     ("width", "temperature", "zero_init_last", "loss", "similarity", "head",
+                      "hidden_layers", "out_dim", "batch_norm", "stem", "optimizer",
+                      "weight_decay", "second_policy"), ("scaling", "warmup_epochs")),
     "amdim": Method("AMDIM", amdim_learner, _amdim_defaults, _check_amdim),
 }
 
@@ -121,7 +167,7 @@ def _check_given(config: RunConfig) -> None:
 
 def _check_counts(config: RunConfig) -> None:
     "Refuse numbers of things that cannot be."
-    for name in ("epochs", "n_train", "n_valid", "micro_batch"):
+    for name in ("epochs", "n_train", "n_valid", "micro_batch", "out_dim"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

@@ -8,14 +8,12 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PROTOCOLS', 'open_encoder', 'Evalua
 # %% ../../nbs/run/03_evaluate.ipynb #9f3f2d66
 import hashlib
 import json
-import pickle
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,7 +21,9 @@ from ..core.choices import check_choice, quoted
 from ..data import SimCLRDataLoaders, simclr_dls
 from ..transfer.datasets import TRANSFER_DATASETS, load_transfer
 from ..model.encoder import create_encoder, load_encoder
-from ..core.store import check_same_settings, read_json, write_atomic
+from ..model.inputs import input_channels
+from ..core.lock import locked_folder
+from ..core.store import check_same_settings, read_json, remove_unfinished, write_atomic
 from ..evaluate.features import check_split, encoder_features
 from ..evaluate.frozen import knn_accuracy, linear_evaluation, logistic_accuracy
 from ..evaluate.tuning import finetune
@@ -45,18 +45,22 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors": return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        why = str(e).strip().splitlines()[0][:200]
+    except Exception as e:  # a damaged file can raise anything in the unpickler
+        if isinstance(e, (OSError, MemoryError)): raise
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
         raise ValueError(f"{str(path)!r} is no file of weights, or not a safe one: {why}") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if state else {}
-    if not tensors: raise ValueError(f"{str(path)!r} holds no tensors")
+    if not isinstance(state, dict):
+        raise ValueError(f"{str(path)!r} holds no state_dict, but a {type(state).__name__}")
+    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if not tensors: raise ValueError(f"{str(path)!r} holds no tensors with names")
     return tensors
 
 # %% ../../nbs/run/03_evaluate.ipynb #45ebeab9
-def _matching(state: dict[str, Tensor], wanted: list[str]) -> tuple[dict[str, Tensor], list[str]]:
-    "The wanted tensors, by the longest common beginning that has all; names of what is left over."
+def _matching(path: Path, wanted: list[str]) -> tuple[dict[str, Tensor], list[str]]:
+    "The wanted tensors of a file, by the longest common beginning that has all; names of the rest."
+    state = _read_state(path)
     first = next(name for name in wanted if not name.endswith("num_batches_tracked"))
     starts = {k.removesuffix(first) for k in state if k.endswith(first)}
     gaps = {s: [n for n in wanted if s + n not in state and not n.endswith("num_batches_tracked")]
@@ -65,8 +69,8 @@ def _matching(state: dict[str, Tensor], wanted: list[str]) -> tuple[dict[str, Te
     gap = gaps[start]
     if gap:
         has = ", ".join(list(state)[:3])
-        raise ValueError(f"{len(gap)} of {len(wanted)} weights are missing, such as {gap[0]!r}; the"
-                         f" file has {has}, ...: is it another architecture?")
+        raise ValueError(f"{str(path)!r}: {len(gap)} of {len(wanted)} weights are missing, such as "
+                         f"{gap[0]!r}; the file has {has}, ...: is it another architecture?")
     weights = {n: state[start + n] for n in wanted if start + n in state}
     return weights, sorted(set(state) - {start + n for n in wanted})
 
@@ -85,11 +89,13 @@ def open_encoder(
     library = "/" in arch and not arch.startswith("amdim/")
     if normalize == "imagenet" and not library:
         raise ValueError(f"{arch!r} takes values in [0, 1]: normalize must be 'none'")
-    if library and normalize != "none": kwargs |= dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    usual = library and normalize == "auto" and kwargs.get("in_channels", 3) == 3
+    if usual or normalize == "imagenet": kwargs |= dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
     encoder = create_encoder(arch, **kwargs)
     model = getattr(encoder, "model", encoder)  # adapted networks keep theirs inside
-    state, left = _matching(_read_state(path), list(model.state_dict()))
-    try: model.load_state_dict(state, strict=False)
+    try:
+        state, left = _matching(path, list(model.state_dict()))
+        model.load_state_dict(state, strict=False)
     except RuntimeError as e:
         why = str(e).strip().splitlines()[-1].strip()
         raise ValueError(f"{str(path)!r} does not fit {arch}: {why}") from None
@@ -123,6 +129,7 @@ class EvaluationConfig:
     n_valid: int | None = None  # Use only so many test images
     max_pixels: int | None = None  # Refuse images of more pixels; 89 million
     pixel_range: str | None = None  # Deep values that become 0 and 255, =0,4095; as found in them
+    channels: int | None = None  # Read all channels of each image; those of the encoder, if not 3
     seed: int = 0  # Seed of everything that is random
     workers: int | None = None  # Processes that decode large images; all cores
     out: str | None = None  # Folder of the run, where a second call goes on; else under runs
@@ -150,7 +157,7 @@ def _check(config: EvaluationConfig) -> None:
     if config.transfer != "all": _names(config.transfer, TRANSFER_DATASETS, "transfer data set")
     _fractions(config.fractions)
     check_choice("budget", config.budget, BUDGETS)
-    for name in ("bs", "epochs", "k", "n_train", "n_valid"):
+    for name in ("bs", "epochs", "k", "n_train", "n_valid", "channels"):
         value = getattr(config, name)
         if value is not None and value < 1: raise ValueError(f"{name} must be >= 1, got {value}")
     if config.workers is not None and config.workers < 0:
@@ -160,30 +167,38 @@ def _check(config: EvaluationConfig) -> None:
 _FREE = {"encoder", "protocol", "out", "workers", "root", "transfer", "fractions"}  # may change
 
 
-def _open_folder(config: EvaluationConfig) -> Path:
-    "Folder of the run, new or of the same settings; raises `ValueError` for other settings."
-    digest = hashlib.sha256(Path(config.encoder).read_bytes()).hexdigest()
+def _settings(config: EvaluationConfig) -> dict:
+    "Settings that all results of a folder share."
     settings = {k: v for k, v in asdict(config).items() if k not in _FREE}
-    settings["weights_sha256"] = digest
-    text = json.dumps(settings, indent=2)
-    default = f"{Path(config.encoder).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    folder = Path(config.out or Path("runs") / default)
-    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(Path(config.encoder).read_bytes()).hexdigest()
+    return settings | dict(weights_sha256=digest)
+
+
+def _folder(config: EvaluationConfig, settings: dict) -> Path:
+    "Folder of the run; by default one for these settings."
+    digest = hashlib.sha256(json.dumps(settings, indent=2).encode()).hexdigest()
+    return Path(config.out or Path("runs") / f"{Path(config.encoder).stem}-{digest[:8]}")
+
+# %% ../../nbs/run/03_evaluate.ipynb #9703de52
+def _keep_settings(folder: Path, settings: dict) -> None:
+    "Write `evaluation.json`; raises `ValueError` for a folder of other settings."
     path = folder / "evaluation.json"
     if path.is_file():
         advice = "remove it, or give another folder (out)"
         saved = read_json(path, advice, ("data", "weights_sha256"))
         check_same_settings(folder, saved, settings, advice="give another folder (out)")
-    write_atomic(path, text.encode())
-    return folder
+    write_atomic(path, json.dumps(settings, indent=2).encode())
 
 # %% ../../nbs/run/03_evaluate.ipynb #43723bdc
 def _loaders(config: EvaluationConfig, encoder: nn.Module) -> SimCLRDataLoaders:
     "Images to evaluate on; raises `ValueError` where a score would say nothing."
     size = config.size or getattr(encoder, "size", None)  # AMDIM's knows one only
+    channels = input_channels(encoder)
+    if channels == 3: channels = None  # the usual way to read RGB
     dls = simclr_dls(config.data, size, config.bs, n_train=config.n_train,
                      n_valid=config.n_valid, seed=config.seed, num_workers=config.workers,
-                     max_pixels=config.max_pixels, pixel_range=config.pixel_range)
+                     max_pixels=config.max_pixels, pixel_range=config.pixel_range,
+                     channels=config.channels or channels)
     check_split(dls)
     return dls
 
@@ -273,14 +288,8 @@ class EvaluationRun:
         return "\n".join([*rows, f"report: {quoted(self.folder / 'report.html')}"])
 
 # %% ../../nbs/run/03_evaluate.ipynb #a81f3c15
-def run_evaluation(
-    config: EvaluationConfig,  # What to evaluate, and how
-) -> EvaluationRun:
-    "Evaluate a saved encoder, or go on with it; raises `ValueError` or `FileNotFoundError`."
-    _check(config)
-    options = dict(size=config.size or 224) if "/" in (config.arch or "") else {}
-    encoder = open_encoder(config.encoder, config.arch, config.normalize, **options)
-    folder = _open_folder(config)
+def _evaluate(config: EvaluationConfig, encoder: nn.Module, folder: Path) -> EvaluationRun:
+    "Results of all protocols, those that the folder has and new ones."
     tasks = _tasks(config, encoder, folder)
     results = {}
     for name, task in tasks.items():
@@ -294,3 +303,19 @@ def run_evaluation(
         if not known or len(results) == len(tasks): _write_report(folder, config, results)
         print(f"{quoted(name):20} {results[name]}", flush=True)
     return EvaluationRun(folder, results)
+
+# %% ../../nbs/run/03_evaluate.ipynb #923064ea
+def run_evaluation(
+    config: EvaluationConfig,  # What to evaluate, and how
+) -> EvaluationRun:
+    "Evaluate a saved encoder, or go on with it; raises `ValueError` or `FileNotFoundError`."
+    _check(config)
+    options = dict(size=config.size or 224) if "/" in (config.arch or "") else {}
+    if config.arch and config.channels: options["in_channels"] = config.channels
+    encoder = open_encoder(config.encoder, config.arch, config.normalize, **options)
+    settings = _settings(config)
+    folder = _folder(config, settings)
+    with locked_folder(folder):
+        remove_unfinished(folder)
+        _keep_settings(folder, settings)
+        return _evaluate(config, encoder, folder)

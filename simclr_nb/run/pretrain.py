@@ -7,8 +7,9 @@ __all__ = ['compare_with_baselines', 'Run', 'run_pretraining']
 
 # %% ../../nbs/run/02_pretrain.ipynb #de6af503
 import json
+import re
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from .. import __version__
 from ..core.processes import all_objects, from_main, is_main, join_processes, world_size
 from ..core.choices import quoted
-from ..core.store import check_same_settings, read_json, write_atomic
+from ..core.lock import is_unused, locked_folder
+from ..core.store import check_same_settings, read_json, remove_unfinished, write_atomic
+from ..images.contents import check_same_images
 from ..data import SimCLRDataLoaders, simclr_dls
 from simclr_nb.evaluate.features import (
     check_split,
@@ -32,7 +35,10 @@ from ..learner import SimCLRLearner
 from .config import LEARNER_OPTIONS, METHODS, RunConfig, complete_config
 from .report import report_html, run_figures
 from ..train.callbacks import HistoryCallback
-from ..train.checkpoint import CheckpointCallback
+from ..views.policy import create_policy
+from ..model.head import load_head
+from ..train.checkpoint import CheckpointCallback, latest_checkpoint
+from ..train.start import start_from
 from fastai.torch_core import set_seed
 
 # %% ../../nbs/run/02_pretrain.ipynb #b5639cde
@@ -42,7 +48,7 @@ def _check_folder(config: RunConfig) -> None:
     if config.out is None: return
     folder = Path(config.out)
     if config.resume and (folder / "config.json").is_file(): return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_unused(folder):
         raise ValueError(f"{folder} is not an empty folder: give another one, or remove it")
 
 # %% ../../nbs/run/02_pretrain.ipynb #807f0eca
@@ -82,7 +88,17 @@ def compare_with_baselines(
     if features["pixels"].y_train.bincount().min() >= per_class:
         few = {f"{per_class} labels per class": partial(logistic_accuracy, per_class=per_class)}
         protocols = few | protocols
-    return {p: {name: run(f) for name, f in features.items()} for p, run in protocols.items()}
+    results = {}
+    for protocol, run in protocols.items():
+        try: results[protocol] = {name: run(f) for name, f in features.items()}
+        except ValueError as reason: print(f"no accuracy by {protocol}: {reason}")
+    return results
+
+# %% ../../nbs/run/02_pretrain.ipynb #475b95c2
+def _save_model(learn: SimCLRLearner, config: RunConfig, folder: Path) -> None:
+    "Save the encoder, and beside it the head, where there is one."
+    learn.save_encoder(folder / "encoder.safetensors", run=asdict(config))
+    if hasattr(learn.model, "head"): learn.save_head(folder / "head.safetensors")
 
 # %% ../../nbs/run/02_pretrain.ipynb #380cd455
 def _pretrain(learn: SimCLRLearner, config: RunConfig, folder: Path) -> dict:
@@ -94,7 +110,7 @@ def _pretrain(learn: SimCLRLearner, config: RunConfig, folder: Path) -> dict:
     learn.pretrain(config.epochs, config.lr, cbs=cbs, **options)
     seconds = time.perf_counter() - start
     n_images = config.epochs * len(learn.dls.train) * config.bs
-    if is_main(): learn.save_encoder(folder / "encoder.safetensors", run=asdict(config))
+    if is_main(): _save_model(learn, config, folder)
     return dict(processes=world_size()) | speed(seconds, n_images) | environment()
 
 # %% ../../nbs/run/02_pretrain.ipynb #03a2df09
@@ -114,7 +130,8 @@ class Run:
 def _loaders(config: RunConfig) -> SimCLRDataLoaders:
     "DataLoaders of a run."
     names = ("size", "bs", "policy", "strength", "n_train", "n_valid", "seed", "skip_bad",
-             "max_pixels", "pixel_range")
+             "max_pixels", "pixel_range", "worker_timeout", "valid_part",
+             "channels")
     options = {name: getattr(config, name) for name in names}
     return simclr_dls(config.data, num_workers=config.workers, **options)
 
@@ -123,6 +140,9 @@ def _learner(dls: SimCLRDataLoaders, config: RunConfig) -> SimCLRLearner:
     "Learner of a run."
     method = METHODS[config.method]
     options = {name: getattr(config, name) for name in (*LEARNER_OPTIONS, *method.options)}
+    options = {name: value for name, value in options.items() if value is not None}
+    if "second_policy" in options: options["second_policy"] = create_policy(
+        config.second_policy, dls.policy.size, config.strength)
     return method.learner(dls, config.arch, **options)
 
 # %% ../../nbs/run/02_pretrain.ipynb #b4c2dcaf
@@ -167,11 +187,27 @@ def _finish(learn: SimCLRLearner, views: Tensor, settings: dict, folder: Path) -
     _write_results(folder, results)  # before the figures: a picture must not cost them
     figures = run_figures(learn, untrained, views)
     _write_report(folder, dls.info["data"], figures, results, settings)
-    rmtree(folder / "state")
+    if not settings["config"]["keep_state"]: rmtree(folder / "state")
     return Run(folder, results)
 
+# %% ../../nbs/run/02_pretrain.ipynb #cdc61596
+def _completed(saved: dict, path: Path) -> dict:
+    "Settings of a run, and the defaults of those that there were not yet; raises `ValueError`."
+    try:
+        known = {field.name for field in fields(RunConfig)} & saved.keys()
+        config = asdict(complete_config(RunConfig(**{name: saved[name] for name in known})))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}; give another folder (out)") from None
+    return saved | {name: value for name, value in config.items() if name not in saved}
+
+# %% ../../nbs/run/02_pretrain.ipynb #58c242ae
+def _without_notes(policy: str) -> str:
+    "A policy in words, without what is said of single operators at the size of the views."
+    return re.sub(r" \(does nothing at [^)]*\)", "", policy)
+
 # %% ../../nbs/run/02_pretrain.ipynb #a4d942ec
-_FREE = {"out", "resume", "workers", "checkpoint_minutes"}  # may change when a run goes on
+# may change when a run goes on
+_FREE = {"out", "resume", "workers", "worker_timeout", "checkpoint_minutes"}
 
 
 def _keep_settings(folder: Path, settings: dict) -> None:
@@ -180,12 +216,16 @@ def _keep_settings(folder: Path, settings: dict) -> None:
     if path.is_file():
         parts = ("config", "data", "policy")
         saved = read_json(path, "give another folder (out)", parts)
+        defaults = {f.name: f.default for f in fields(RunConfig)}  # of settings newer than the run
+        saved["config"] = defaults | saved["config"]
         old, new = ({part: s[part] for part in parts} for s in (saved, settings))
+        old["config"] = _completed(old["config"], path)
+        for part in (old, new): part["policy"] = _without_notes(str(part["policy"]))
         check_same_settings(folder, old, new, _FREE, "use the old ones, or another folder (out)")
     if is_main(): write_atomic(path, json.dumps(settings, indent=2).encode())
 
 # %% ../../nbs/run/02_pretrain.ipynb #ed6c6aa8
-def _finished(folder: Path) -> Run | None:
+def _finished(folder: Path, keep_state: bool) -> Run | None:
     "The run of a folder, if it has come to its end."
     if not (folder / "report.html").is_file(): return None
     path = folder / "results.json"
@@ -194,6 +234,8 @@ def _finished(folder: Path) -> Run | None:
                     for protocol, column in saved.items()}
     except (AttributeError, ValueError) as error:
         raise ValueError(f"{str(path)!r}: {error}") from None
+    if is_main() and not keep_state:  # left by a kill in the last moment
+        rmtree(folder / "state", ignore_errors=True)
     return Run(folder, results)
 
 # %% ../../nbs/run/02_pretrain.ipynb #57530bfb
@@ -208,6 +250,38 @@ def _announce(config: RunConfig, info: dict, folder: Path) -> None:
         where = quoted(folder / "config.json")
         print(f"skipped {len(info['skipped'])} damaged files, listed in {where}")
 
+# %% ../../nbs/run/02_pretrain.ipynb #3734f17a
+def _start_from(learn: SimCLRLearner, begun: Path) -> None:
+    "Begin where a finished run ended; raises `ValueError` or `FileNotFoundError` if it cannot."
+    state = latest_checkpoint(begun / "state") if (begun / "state").is_dir() else None
+    if state is not None:
+        start_from(learn, state)
+        what = "encoder, head and optimiser"
+    else:
+        learn.load_encoder(begun / "encoder.safetensors")
+        if hasattr(learn.model, "head"): load_head(begun / "head.safetensors", learn.model.head)
+        what = "encoder and head (its optimiser was not kept, see --keep-state)"
+    if is_main(): print(f"beginning with {what} of {quoted(begun)}")
+
+# %% ../../nbs/run/02_pretrain.ipynb #67a5e7f5
+def _run(learn: SimCLRLearner, config: RunConfig, folder: Path) -> Run:
+    "Begin a run, or go on with it, in a folder that nobody else writes into."
+    dls = learn.dls
+    settings = dict(config=asdict(config), data=dls.info, policy=repr(dls.policy),
+                    version=__version__)
+    if is_main(): remove_unfinished(folder)
+    _keep_settings(folder, settings)
+    check_same_images(dls, folder / "images.json.gz")
+    finished = _finished(folder, config.keep_state)
+    if finished: return finished
+    _announce(config, dls.info, folder)
+    if is_main(): _can_be_scored(dls)
+    if config.init is not None: _start_from(learn, Path(config.init))
+    views = learn.views.two_views(dls.train.one_batch()[0][:8])
+    settings["pretraining"] = _pretrain(learn, config, folder)
+    if not is_main(): return Run(folder, {})  # the rest needs one process
+    return _finish(learn, views, settings, folder)
+
 # %% ../../nbs/run/02_pretrain.ipynb #d231fe31
 def run_pretraining(
     config: RunConfig,  # Settings
@@ -221,14 +295,4 @@ def run_pretraining(
     config = replace(config, bs=dls.train.bs * world_size())
     learn = _learner(dls, config)
     folder = learn.path = _shared_folder(config)
-    settings = dict(config=asdict(config), data=dls.info, policy=repr(dls.policy),
-                    version=__version__)
-    _keep_settings(folder, settings)
-    finished = _finished(folder)
-    if finished: return finished
-    _announce(config, dls.info, folder)
-    if is_main(): _can_be_scored(dls)
-    views = learn.views.two_views(dls.train.one_batch()[0][:8])
-    settings["pretraining"] = _pretrain(learn, config, folder)
-    if not is_main(): return Run(folder, {})  # the rest needs one process
-    return _finish(learn, views, settings, folder)
+    with locked_folder(folder): return _run(learn, config, folder)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.processes import all_objects, from_main, is_main, rank
 from ..core.store import write_atomic
-from ..images.epochs import EpochLoader  # before fastai, whose import it keeps quiet
+from ..images.epochs import EpochLoader
 from ..model.inputs import memory_format_for
 from ..parallel.microbatch import MicroBatched, bare_model
 from .optim import warmup_cosine

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import torch
 
-from ..parallel.loss import global_loss
+from ..parallel.loss import bare_loss, global_loss
 from ..core.gather import sum_over_ranks
 from ..parallel.norm import to_global_batch_norm
 from ..images.epochs import EpochLoader, rank_batches
@@ -78,8 +78,8 @@ def before_fit(self: DistributedCallback):
     if not self.run: return
     self.learn.model = bare_model(self.model)  # an earlier fit may have failed
     if self.global_batch_norm: to_global_batch_norm(self.model)
-    self.old_loss = self.loss_func
-    self.learn.loss_func = global_loss(self.loss_func)
+    self.old_loss = bare_loss(self.loss_func)
+    self.learn.loss_func = global_loss(self.old_loss)
     with warnings.catch_warnings():  # of an argument for which accelerate has no other name yet
         warnings.simplefilter("ignore", FutureWarning)
         DistributedTrainer.before_fit(self)

@@ -28,10 +28,12 @@ from fastai.learner import ValueMetric
 
 # %% ../../nbs/train/03_probes.ipynb #a740a792
 class _Measurement(Callback):
-    "Measures during `fit` only."
+    "Measures during `fit` and `validate` only."
 
-    def before_fit(self):
-        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
+    def __call__(self, event_name):
+        learn = self.learn
+        if hasattr(learn, "lr_finder") or hasattr(learn, "gather_preds"): return None
+        return super().__call__(event_name)
 
 # %% ../../nbs/train/03_probes.ipynb #dbdef56d
 class RepresentCallback(_Measurement):
@@ -65,7 +67,7 @@ def _can_be_scored(y_train: Tensor, y: Tensor) -> bool:
 
 # %% ../../nbs/train/03_probes.ipynb #b7461e1b
 class ProbeCallback(_Measurement):
-    "Linear classifier on detached `h`, trained along; column `probe` of the table."
+    "Linear classifier on detached `h`, trained along; refuses labels that are no class."
     order = 30
 
     def __init__(
@@ -77,9 +79,14 @@ class ProbeCallback(_Measurement):
         self.classifier = self.accuracy = None
 
     def before_fit(self):
-        super().before_fit()
         labels = getattr(self.dls.train.dataset, "labels", None)
         self.is_labelled = isinstance(labels, Tensor) and bool((labels >= 0).all())
+        if self.is_labelled: self._check(labels)
+
+    def _check(self, y: Tensor):
+        if len(y) and y.max() >= self.n_classes:
+            raise ValueError(f"expected labels 0 to {self.n_classes - 1} of {self.n_classes} "
+                             f"classes, got {int(y.max())}: count them from 0")
 
     def _start(self, h: Tensor):
         norm = GlobalBatchNorm(h.shape[1], affine=False)
@@ -91,13 +98,14 @@ class ProbeCallback(_Measurement):
 # %% ../../nbs/train/03_probes.ipynb #3e46d5b9
 @patch
 def after_batch(self: ProbeCallback):
-    if not self.training: return
+    if not self.training or len(self.y) < 2: return  # an only image was passed over
     h = self.pred.h.detach().float()
     y = self.y.as_subclass(Tensor).repeat(2)
     if self.classifier is None: self._start(h)
     total = len(y) * world_size()
     if not self.is_labelled:
         h, y = h[y >= 0], y[y >= 0]
+        self._check(y)
         total = sum_over_ranks(torch.tensor(len(y), device=h.device)).item()
     if total < 2: return
     loss = F.cross_entropy(self.classifier(h), y, reduction="sum") / total
@@ -114,8 +122,8 @@ def after_batch(self: ProbeCallback):
 def after_validate(self: ProbeCallback):
     bank, y_train = self.represent.bank
     h, y = self.represent.valid
-    if not _can_be_scored(y_train, y):
-        self.accuracy = math.nan
+    if self.classifier is None or not _can_be_scored(y_train, y):
+        self.accuracy = math.nan  # before any training, or without hope
         return
     h = (h - bank.mean(0)) / bank.std(0).clamp_min(1e-6)
     linear = self.classifier[1]

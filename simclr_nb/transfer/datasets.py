@@ -198,20 +198,23 @@ def _read_voc2007(root: Path, seed: int) -> _Parts:
     return VOC_CLASSES, part("train"), part("val"), part("test")
 
 # %% ../../nbs/transfer/01_datasets.ipynb #e8ee059d
-def _group(parts: dict[str, list[Path]]) -> _Parts:
-    "Splits of files whose folder is their class."
-    classes = sorted({path.parent.name for path in parts["train"]})
+def _group(parts: dict[str, list[Path]], folder: Path) -> _Parts:
+    "Splits of files whose class is the folder below `folder`, or below another as deep."
+    depth = len(folder.parts)
+    names = {path: path.parts[depth] for path in sum(parts.values(), [])}
+    classes = sorted({names[path] for path in parts["train"]})
     index = {name: i for i, name in enumerate(classes)}
-    for path in sum(parts.values(), []):
-        if path.parent.name not in index: raise ValueError(f"no class for {path} in training")
-    splits = {k: _split([(p, index[p.parent.name]) for p in v]) for k, v in parts.items()}
+    for path, name in names.items():
+        if len(path.parts) == depth + 1: raise ValueError(f"{quoted(path)} lies in no class folder")
+        if name not in index: raise ValueError(f"no class for {quoted(path)} in training")
+    splits = {k: _split([(p, index[names[p]]) for p in v]) for k, v in parts.items()}
     return classes, splits["train"], splits.get("valid"), splits["test"]
 
 # %% ../../nbs/transfer/01_datasets.ipynb #7fb010b8
 def _read_folders(folder: Path) -> _Parts:
     "Reader for `train/CLASS`, `test/CLASS` and perhaps `valid/CLASS`."
     names = [name for name in ("train", "valid", "test") if (folder / name).is_dir()]
-    return _group({name: find_images(folder / name) for name in names})
+    return _group({name: find_images(folder / name) for name in names}, folder / "train")
 
 # %% ../../nbs/transfer/01_datasets.ipynb #c817ae24
 def _read_birdsnap(root: Path, seed: int) -> _Parts:
@@ -226,7 +229,7 @@ def _read_birdsnap(root: Path, seed: int) -> _Parts:
         listed = set((base / f"{name}_images.txt").read_text("utf-8").split())
         parts[name] = [path for path in files if f"{path.parent.name}/{path.name}" in listed]
     taken = {path for name in parts.keys() - {"train"} for path in parts[name]}
-    return _group(parts | {"train": [path for path in files if path not in taken]})
+    return _group(parts | {"train": [path for path in files if path not in taken]}, folders[0])
 
 # %% ../../nbs/transfer/01_datasets.ipynb #6e367d75
 def _read_cifar(root: Path, seed: int, archive: str, train: Sequence[str], test: str, meta: str,

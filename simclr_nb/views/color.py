@@ -179,6 +179,8 @@ COLOR_VARIANTS = dict(
 class ColorJitter(RandomOperator):
     "Random brightness, contrast, saturation and hue, drawn for each image (paper appendix A)."
 
+    channels = (3,)  # RGB
+
     def __init__(
         self,
         brightness: float = 0.8,  # Factor in 1 - b to 1 + b, at least 0; where added, -b to b
@@ -235,6 +237,8 @@ def apply(self: ColorJitter, x: Tensor, factors: Tensor, order: Tensor) -> Tenso
 class RandomGrayscale(RandomOperator):
     "Drop the colour of a share of the images."
 
+    channels = (3,)  # RGB
+
     def __init__(
         self,
         p: float = 0.2,  # Probability for each image
@@ -257,6 +261,8 @@ def solarize(
 # %% ../../nbs/views/02_color.ipynb #107a9429
 class RandomSolarize(RandomOperator):
     "Solarize a share of the images, each from its own threshold (paper B.2)."
+
+    channels = (1, 3)  # RGB, or grey
 
     def __init__(
         self,

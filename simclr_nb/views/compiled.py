@@ -197,7 +197,7 @@ def _fused(operators: list) -> list:
 def _parts(x: Tensor, size: int | None) -> list[slice]:
     "Rows of a batch that go through the operators at once."
     if x.device.type != "cpu": return [slice(len(x))]
-    pixels = 3 * (size or x.shape[3]) ** 2
+    pixels = x.shape[1] * (size or x.shape[3]) ** 2
     at_once = max(2**23 // (4 * pixels), 1)
     return [slice(i, i + at_once) for i in range(0, len(x), at_once)]
 
@@ -212,7 +212,7 @@ class _CompiledPolicy(Policy):
         x = self._begin(x, generator)
         draws = [o.drawn(x, generator) for o in self.operators]
         sides = (self.size, self.size) if self.size else x.shape[2:]
-        views = x.new_empty(len(x), 3, *sides, dtype=torch.float32)
+        views = x.new_empty(*x.shape[:2], *sides, dtype=torch.float32)
         for rows in _parts(x, self.size):
             part = self._changed(x[rows], [[v[rows] for v in values] for values in draws])
             torch.clamp(part, 0, 1, out=views[rows])

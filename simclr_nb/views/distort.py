@@ -103,6 +103,16 @@ def kernel_size(self: GaussianBlur, x: Tensor) -> int:
     "Taps of the kernel for images of this size, odd."
     return int(self.kernel * x.shape[2]) | 1
 
+
+@patch
+def note(
+    self: GaussianBlur,
+    size: int,  # Side of the views, in pixels
+) -> str:  # Empty where it blurs
+    "What is to be said of it at a size."
+    is_idle = int(self.kernel * size) | 1 == 1
+    return f" (does nothing at {size} px: a kernel of 1 px)" if is_idle else ""
+
 # %% ../../nbs/views/03_distort.ipynb #0026b1e4
 def rotate90(
     x: Tensor,  # Images, `(N, C, H, W)`; H = W if any number of turns is odd

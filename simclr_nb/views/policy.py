@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POLICIES', 'Policy', 'color_distortion', 'paper_policy', 'cifar_policy', 'official_policy', 'digits_policy',
            'supervised_policy', 'broad_policy', 'amdim_policy', 'PerImage', 'autoaugment_policy', 'randaugment_policy',
-           'create_policy']
+           'bands_policy', 'create_policy']
 
 # %% ../../nbs/views/04_policy.ipynb #ec3e7f0a
 from collections.abc import Callable, Sequence
@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 
 from ..core.choices import check_choice
 from ..core.show import image_grid
+from .channels import ChannelJitter
 from .color import ColorJitter, RandomEqualize, RandomGrayscale, RandomSolarize
 from .crop import RandomFlip, RandomResizedCrop, RandomTranslate
 from .distort import GaussianBlur, MotionBlur, Sobel
@@ -57,17 +58,39 @@ def size(self: Policy) -> int | None:
     return self.crop.size if self.crop else self._size
 
 # %% ../../nbs/views/04_policy.ipynb #e9ee0398
+def _line(operator: Callable, size: int | None) -> str:
+    "An operator in words, and what is to be said of it at a size."
+    note = getattr(operator, "note", None)
+    return repr(operator) + (note(size) if size and note else "")
+
+
 @patch
 def __repr__(self: Policy):
     title = f"{self.name} policy" + (f" for images of {self._size} px" if self._size else "")
     shared = self.shared.operators if self.shared else []
-    once = [f"  once for both views: {o!r}" for o in shared]
-    return "\n".join([title, *once, *(f"  {o!r}" for o in self.operators)])
+    once = [f"  once for both views: {_line(o, self.size)}" for o in shared]
+    return "\n".join([title, *once, *(f"  {_line(o, self.size)}" for o in self.operators)])
+
+# %% ../../nbs/views/04_policy.ipynb #204e7c5e
+@patch
+def check_channels(
+    self: Policy,
+    channels: int,  # Of the images
+) -> None:
+    "Raise `ValueError` that names the operators which do not take so many channels."
+    if self.shared: self.shared.check_channels(channels)
+    limited = [o for o in self.operators if getattr(o, "channels", None)]
+    unfit = [repr(o).partition(" with p=")[0] for o in limited if channels not in o.channels]
+    if not unfit: return
+    advice = "repeat it: x.expand(-1, 3, -1, -1)" if channels == 1 else "choose three of them"
+    raise ValueError(f"the {self.name} policy has {' and '.join(unfit)}, for RGB images "
+                     f"(N, 3, H, W), got {channels} channels: {advice}, or use the policy 'bands'")
 
 # %% ../../nbs/views/04_policy.ipynb #c1c5c777
 @patch
 def _begin(self: Policy, x: Tensor, generator: Generator | None) -> Tensor:
     "What comes before the operators."
+    self.check_channels(x.shape[1])
     if self._size and x.shape[2:] != (self._size,) * 2:
         raise ValueError(f"the {self.name} policy does not crop: it expects images of "
                          f"{self._size} x {self._size} pixels, got {x.shape[2]} x {x.shape[3]}")
@@ -162,7 +185,7 @@ def digits_policy(
     size: int = 16,  # Side of the views, in pixels
     strength: float = 0.5,  # Strength of the brightness and contrast jitter, 0 to 1.25
 ) -> Policy:
-    "Mild crop, brightness, contrast and blur for small pictures of characters; no flip, no colour."
+    "Mild crop, brightness, contrast, and blur from 20 px on, for characters; no flip, no colour."
     s = 0.8 * _check_strength(strength)
     crop = RandomResizedCrop(size, scale=(0.4, 1.0), flip=0)
     return Policy("digits", [crop, ColorJitter(s, s, 0, 0), GaussianBlur(p=0.5)])
@@ -208,6 +231,8 @@ def amdim_policy(
 class PerImage:
     "A transform of single images as an operator: image by image, in 8 bits, seeded."
 
+    channels = (1, 3)  # Grey or RGB, as most of torchvision's
+
     def __init__(
         self,
         transform: Callable[[Tensor], Tensor],  # uint8 `(3, H, W)` to the same, as in torchvision
@@ -247,12 +272,22 @@ def randaugment_policy(
     rand = PerImage(v2.RandAugment(num_ops=2, magnitude=magnitude, fill=128))
     return Policy("randaugment", [RandomResizedCrop(size), rand])
 
+# %% ../../nbs/views/04_policy.ipynb #ba0326ee
+def bands_policy(
+    size: int = 32,  # Side of the views, in pixels
+    strength: float = 0.5,  # Strength of the brightness and contrast jitter, 0 to 1.25
+) -> Policy:
+    "Crop, flip, brightness and contrast of each channel, and blur from 20 pixels on."
+    s = 0.8 * _check_strength(strength)
+    blur = [GaussianBlur()] if size >= 20 else []
+    return Policy("bands", [RandomResizedCrop(size), ChannelJitter(s, s), *blur])
+
 # %% ../../nbs/views/04_policy.ipynb #058fa557
 POLICIES = dict(
     paper=paper_policy, cifar=cifar_policy, digits=digits_policy,
     official_v1=partial(official_policy, version="v1"),
     official_v2=partial(official_policy, version="v2"), supervised=supervised_policy,
-    amdim=amdim_policy, broad=broad_policy, autoaugment=autoaugment_policy,
+    amdim=amdim_policy, broad=broad_policy, bands=bands_policy, autoaugment=autoaugment_policy,
     randaugment=randaugment_policy,
 )  # fmt: skip
 

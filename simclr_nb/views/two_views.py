@@ -46,6 +46,12 @@ class TwoViews:
             views = f"first views by the {first!r}\nsecond views by the {second!r}"
         return f"both views after the {self.shared!r}\n{views}" if self.shared else views
 
+# %% ../../nbs/views/05_two_views.ipynb #d676d390
+@patch(as_prop=True)
+def size(self: TwoViews) -> int | None:
+    "Side of the views, in pixels; None: that of the images, whatever it is."
+    return self.policy.size or self.second.size or (self.shared.size if self.shared else None)
+
 # %% ../../nbs/views/05_two_views.ipynb #f0fd7b77
 @patch
 def _cropped(self: TwoViews, pairs: Tensor, generator: Generator | None) -> Tensor:
