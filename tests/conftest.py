@@ -86,3 +86,13 @@ def chromium() -> str:
     found = next(filter(None, map(shutil.which, names)), None)
     if not found: _need("no browser: install chromium, or set CHROMIUM", bool(os.environ.get("CI")))
     return found
+
+
+@pytest.fixture
+def call(capsys):
+    "Runs a command, a function of its arguments: exit code, standard output and standard error."
+    def run(work, *argv):
+        try: code = work([str(a) for a in argv])
+        except SystemExit as end: code = end.code
+        return code, *capsys.readouterr()
+    return run

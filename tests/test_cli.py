@@ -47,16 +47,11 @@ def truncate(path: Path): path.write_bytes(path.read_bytes()[:-200])
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
+def command(call, tmp_path, monkeypatch):
     "Runs the command in an empty folder: its exit code, standard output and standard error."
     (home := tmp_path / "home").mkdir()
     monkeypatch.chdir(home)
-
-    def run(*argv):
-        try: code = pretrain([str(a) for a in argv])
-        except SystemExit as e: code = e.code
-        return code, *capsys.readouterr()
-    return run
+    return partial(call, pretrain)
 
 
 @pytest.fixture

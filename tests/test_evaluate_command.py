@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,15 +29,10 @@ DIGITS = ["--data", "digits", "--n-train", "200", "--n-valid", "100", "--workers
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
+def command(call, tmp_path, monkeypatch):
     "Runs the command in an empty folder: its exit code, standard output and standard error."
     monkeypatch.chdir(tmp_path)
-
-    def run(*argv):
-        try: code = evaluate([str(a) for a in argv])
-        except SystemExit as e: code = e.code
-        return code, *capsys.readouterr()
-    return run
+    return partial(call, evaluate)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 "What an experiment must be able to say: heads, losses, optimisers, splits; by the command and in Python."
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,10 @@ SMALL = "--epochs 1 --width 0.125 --n-train 200 --n-valid 100".split()
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
+def command(call, tmp_path, monkeypatch):
     "Runs the command in an empty folder: its exit code, standard output and standard error."
     monkeypatch.chdir(tmp_path)
-
-    def run(*argv):
-        try: code = pretrain([str(a) for a in argv])
-        except SystemExit as e: code = e.code
-        return code, *capsys.readouterr()
-    return run
+    return partial(call, pretrain)
 
 
 @pytest.fixture(scope="module")

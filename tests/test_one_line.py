@@ -33,16 +33,11 @@ def photos(folder: Path, n: int = 16, side: int = 40) -> Path:
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
+def command(call, tmp_path, monkeypatch):
     "Runs a command in an empty folder: its exit code, standard output and standard error."
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path / "home")
-
-    def run(work, *argv):
-        try: code = work([str(a) for a in argv])
-        except SystemExit as e: code = e.code
-        return code, *capsys.readouterr()
-    return run
+    return call
 
 
 @pytest.fixture
