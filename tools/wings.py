@@ -12,6 +12,7 @@ WINGS = {  # name: title, what it is for
     "core": ("Core", "figures, processes, files that are whole, long work"),
     "views": ("Views", "the paper's augmentations, two views of every image"),
     "model": ("Model", "encoders and projection heads"),
+    "convert": ("Convert", "weights in from where people have them, out to where they use them"),
     "loss": ("Loss", "NT-Xent and the losses it is compared with"),
     "images": ("Images", "from folders, shards and arrays to batches on the device"),
     "data": None,

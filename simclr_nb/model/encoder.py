@@ -12,17 +12,18 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import __version__
 from ..core.choices import check_choice
-from ..core.store import parse_json, write_atomic
+from ..core.store import atomic_file, parse_json
 from .adapt import AdaptedEncoder, adapt_encoder, timm_encoder, torchvision_encoder
 from .amdim import amdim_encoder
 from .inputs import evaluating, input_channels
+from .normalized import normalized_encoder
 from .resnet import resnet_encoder
 
 # %% ../../nbs/model/06_encoder.ipynb #c7eceb80
@@ -31,6 +32,7 @@ FAMILIES = dict(  # family: what makes an encoder of a member's name
     torchvision=torchvision_encoder,
     timm=timm_encoder,
     amdim=amdim_encoder,
+    normalized=normalized_encoder,
 )
 
 # %% ../../nbs/model/06_encoder.ipynb #3146d256
@@ -42,10 +44,11 @@ def create_encoder(
 ) -> nn.Module:  # Encoder with attributes `out_dim` and `config`
     "Encoder by name; raises `ValueError` that lists what is allowed, `ImportError` without timm."
     if "/" not in arch: return FAMILIES["resnet"](arch, width=width, stem=stem, **kwargs)
-    for option, value, usual in (("width", width, 1.0), ("stem", stem, "imagenet")):
-        if value == usual: continue
-        raise ValueError(f"{arch!r} has no {option}, got {value!r}: leave it out")
     family, name = arch.split("/", 1)
+    if family == "normalized": kwargs.update(width=width, stem=stem)
+    for option, value, usual in (("width", width, 1.0), ("stem", stem, "imagenet")):
+        if value == usual or family == "normalized": continue
+        raise ValueError(f"{arch!r} has no {option}, got {value!r}: leave it out")
     check_choice("family of encoders", family, FAMILIES)
     return FAMILIES[family](name, **kwargs)
 
@@ -76,8 +79,13 @@ def _weights(encoder: nn.Module) -> dict:
     state = encoder.state_dict()
     other = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if other: raise TypeError(f"{other[0]!r} of the encoder is no tensor: it cannot be saved")
-    layout = torch.contiguous_format
-    return {name: v.detach().cpu().clone(memory_format=layout) for name, v in state.items()}
+    weights, places = {}, set()
+    for name, value in state.items():
+        value = value.detach().cpu().contiguous()
+        place = value.untyped_storage().data_ptr()
+        weights[name] = value.clone() if place in places else value  # a copy only where two share
+        places.add(place)
+    return weights
 
 # %% ../../nbs/model/06_encoder.ipynb #03b3421e
 def save_encoder(
@@ -89,7 +97,9 @@ def save_encoder(
     fields = _identity(encoder) | dict(version=__version__, metadata=metadata)
     try: description = json.dumps(fields)
     except TypeError as e: raise TypeError(f"metadata must fit into JSON: {e}") from None
-    return write_atomic(path, save(_weights(encoder), metadata={"simclr_nb": description}))
+    with atomic_file(path) as file:  # streamed: no second copy in memory
+        save_file(_weights(encoder), file.name, metadata={"simclr_nb": description})
+    return Path(path)
 
 # %% ../../nbs/model/06_encoder.ipynb #2a248843
 def _read_safetensors(path: Path) -> tuple:

@@ -17,6 +17,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 from ..core.choices import check_choice
 from .inputs import NARROW, check_channels, check_image_batch
+from .selective import SelectiveConv, ShortcutPool, selective_stem
 
 # %% ../../nbs/model/02_resnet.ipynb #4592d738
 DEPTHS = {  # depth: (kind of block, number of blocks in each group)
@@ -75,7 +76,7 @@ class _SamePool(nn.MaxPool2d):
     "3x3 max pooling with stride 2, padded as by TensorFlow: on even sides only below and right."
     def forward(self, x: Tensor) -> Tensor:
         "Pool `(N, C, H, W)`; odd sides are padded by 1 before and after, even ones only after."
-        odd = [x.shape[-2] % 2, x.shape[-1] % 2]
+        odd = [int(x.shape[-2]) % 2, int(x.shape[-1]) % 2]
         return F.max_pool2d(x, 3, 2, odd, ceil_mode=True)  # the last window may hang over
 
 
@@ -102,6 +103,29 @@ def _groups(depth: int, channels: int, project: bool) -> list:
         in_channels = (channels << i) * block.expansion
     return groups
 
+# %% ../../nbs/model/02_resnet.ipynb #01f9b3f4
+def _check_ratio(sk_ratio: float, depth: int) -> float:
+    "The ratio; raises `ValueError` where there are no selective kernels."
+    if not 0 < sk_ratio <= 1: raise ValueError(f"sk_ratio must be in [0, 1], got {sk_ratio!r}")
+    if DEPTHS[depth][0] is Bottleneck: return sk_ratio
+    raise ValueError(f"selective kernels need bottlenecks (depth 50 and up), got depth {depth}")
+
+
+def _make_selective(encoder: nn.Module, sk_ratio: float) -> None:
+    "Put selective kernels into all bottlenecks, and ResNet-D's stem and shortcuts around them."
+    encoder.config["sk_ratio"] = sk_ratio
+    old = encoder.conv1
+    if old.kernel_size == (7, 7):
+        encoder.conv1 = selective_stem(old.in_channels, old.out_channels)
+    for block in [m for m in encoder.modules() if isinstance(m, Bottleneck)]:
+        channels = block.conv2.out_channels
+        block.conv2 = SelectiveConv(channels, block.stride, sk_ratio)
+        block.bn2 = nn.Identity()
+        if block.downsample is not None:
+            conv, norm = block.downsample
+            conv = conv1x1(conv.in_channels, conv.out_channels)
+            block.downsample = nn.Sequential(ShortcutPool(block.stride), conv, norm)
+
 # %% ../../nbs/model/02_resnet.ipynb #55898dee
 class ResNet(nn.Module):
     "ResNet without classifier; raises `ValueError` or `TypeError` for options it does not know."
@@ -113,6 +137,7 @@ class ResNet(nn.Module):
         shortcut: str = "identity",  # First group: "identity" or, as officially, "projection"
         zero_init_last: bool = True,  # Residual blocks start as the identity
         pool_padding: str = "torch",  # ImageNet stem: "torch" or, as officially, "same"
+        sk_ratio: float = 0.0,  # Selective kernels, from depth 50 on; 0.0625 as officially, 0: none
         in_channels: int = 3,  # Of the images; 3: RGB
     ):
         super().__init__()
@@ -132,6 +157,7 @@ class ResNet(nn.Module):
         self.maxpool = POOLS[pool_padding]() if stem == "imagenet" else nn.Identity()
         for i, group in enumerate(_groups(depth, channels, shortcut == "projection"), 1):
             self.add_module(f"layer{i}", group)
+        if sk_ratio: _make_selective(self, _check_ratio(sk_ratio, depth))
         self.out_dim = 8 * channels * DEPTHS[depth][0].expansion
         self.apply(lambda module: _init_weights(module, zero_init_last))
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..core.choices import check_choice, quoted
 from ..data import SimCLRDataLoaders, simclr_dls
 from ..transfer.datasets import TRANSFER_DATASETS, load_transfer
-from ..model.encoder import create_encoder, load_encoder
+from ..convert.imports import import_weights, weights_digest
+from ..model.encoder import create_encoder
 from ..model.inputs import input_channels
 from ..core.lock import locked_folder
 from ..core.store import check_same_settings, read_json, remove_unfinished, write_atomic
@@ -76,16 +77,16 @@ def _matching(path: Path, wanted: list[str]) -> tuple[dict[str, Tensor], list[st
 
 # %% ../../nbs/run/03_evaluate.ipynb #635dab33
 def open_encoder(
-    path: str | Path,  # File of `save_encoder`, or of weights (.safetensors, .pt, .pth)
+    path: str | Path,  # Any source of `import_weights`; with arch, a file of weights
     arch: str | None = None,  # For weights: name of an encoder, "torchvision/NAME", "timm/NAME"
     normalize: str = "auto",  # "imagenet", "none", or by the origin of the architecture
     **kwargs,  # For `create_encoder`: `width`, `stem`, `size`, ...
 ) -> nn.Module:  # Encoder in evaluation mode, with `config`, `metadata` and `out_dim`
     "Encoder with the weights of a file; raises `FileNotFoundError` or `ValueError`."
+    check_choice("normalize", normalize, ["auto", "imagenet", "none"])
+    if arch is None: return import_weights(path, progress=False, pixels=normalize).encoder
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no encoder file {str(path)!r}")
-    check_choice("normalize", normalize, ["auto", "imagenet", "none"])
-    if arch is None: return load_encoder(path)
     library = "/" in arch and not arch.startswith("amdim/")
     if normalize == "imagenet" and not library:
         raise ValueError(f"{arch!r} takes values in [0, 1]: normalize must be 'none'")
@@ -110,10 +111,10 @@ PROTOCOLS = ("knn", "logistic", "linear", "finetune", "semi", "transfer", "trans
 class EvaluationConfig:
     "Settings of an evaluation run."
 
-    encoder: str  # File of `save_encoder`; or of weights (.pth, .safetensors), with arch
+    encoder: str  # Saved encoder; weights of any origin; torchvision/NAME or timm/NAME
     data: str = "cifar10"  # "digits", "cifar10", or a folder, labelled by sub-folder
     protocol: str = "knn,logistic,linear"  # Names of `PROTOCOLS`, separated by commas
-    arch: str | None = None  # Of a file of weights: resnet50, torchvision/NAME, timm/NAME
+    arch: str | None = None  # Of weights that are no ResNet of ours: torchvision/NAME, timm/NAME
     normalize: str = "auto"  # Pixels: imagenet, none, or auto: imagenet for torchvision and timm
     size: int | None = None  # Side of the images; that of small ones, 96 for photos, transfer 224
     bs: int | None = None  # Images in a batch; 256, or fewer where there are few
@@ -170,7 +171,7 @@ _FREE = {"encoder", "protocol", "out", "workers", "root", "transfer", "fractions
 def _settings(config: EvaluationConfig) -> dict:
     "Settings that all results of a folder share."
     settings = {k: v for k, v in asdict(config).items() if k not in _FREE}
-    digest = hashlib.sha256(Path(config.encoder).read_bytes()).hexdigest()
+    digest = weights_digest(config.encoder)
     return settings | dict(weights_sha256=digest)
 
 
