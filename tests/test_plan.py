@@ -208,7 +208,7 @@ def test_unknown_encoder():
     with pytest.raises(ValueError, match="resnet51"): run_plan(PlanConfig(arch="resnet51"))
     with pytest.raises(ValueError, match="did you mean .resnet50"):
         run_plan(PlanConfig(arch="torchvision/resnett"))
-    with pytest.raises(ValueError, match="no options width"):
+    with pytest.raises(ValueError, match="has no width, got 2.0: leave it out"):
         run_plan(PlanConfig(arch="torchvision/resnet18", width=2.0))
 
 

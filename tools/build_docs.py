@@ -209,7 +209,7 @@ def main():
                         help="write nothing; fail if docs/ or README.md would change")
     check = parser.parse_args().check
     os.chdir(ROOT)
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # notebooks on files borrow their golden ones
     warnings.simplefilter("error", UserWarning)
     # nbdev runs a cell that imports; where that is hidden set-up, it may do more than import
     warnings.filterwarnings("ignore", r"Found cells containing imports[^\n]*\n---\n#\| *hide\b")

@@ -7,7 +7,7 @@ __all__ = ['check_choice', 'quoted']
 
 # %% ../../nbs/core/00_choices.ipynb #ba4d354b
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 # %% ../../nbs/core/00_choices.ipynb #261a54aa
 def check_choice(
@@ -21,6 +21,9 @@ def check_choice(
     if value in allowed: return
     names = [str(a) for a in allowed]
     near = get_close_matches(str(value), names, 3, 0.5)
+    if near:  # only those about as near as the nearest
+        best = SequenceMatcher(None, near[0], str(value)).ratio()
+        near = get_close_matches(str(value), names, 3, best - 0.1)
     if len(names) <= most: listed = f"choose from {', '.join(names)}"
     else: listed = f"none of {len(names)} names"
     meant = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
