@@ -3,9 +3,10 @@ SHELL := bash
 export MPLBACKEND := agg
 # two notebooks at a time, one core each: more threads than cores are slower than one
 RUN := OMP_NUM_THREADS=1 nbdev-test --n-workers 2
-# a process in which anything was compiled cannot fork to others that train, so this one runs alone
-COMPILES := nbs/views/06_compiled.ipynb
-OTHERS := --skip-file-re '^([_.]|$(basename $(notdir $(COMPILES))))'
+# a process in which anything was compiled or exported cannot fork to others that train, so these run apart
+COMPILES := (06_compiled|02d_onnx|03_export|07_use_your_encoder)\.ipynb
+OTHERS := --skip-file-re '^([_.]|$(COMPILES))'
+APART := --file-re '^$(COMPILES)'
 BENCH := augment decode photos loss step end_to_end scaling knn evaluation plan footprint logistic
 SECONDS_OF_FUZZ ?= 1200
 SEED ?= 0
@@ -13,7 +14,7 @@ SEED ?= 0
 
 test:  # every notebook, then every test that takes less than a minute
 	$(RUN) $(OTHERS)
-	$(RUN) $(COMPILES)
+	$(RUN) $(APART)
 	OMP_NUM_THREADS=1 python -m pytest -q -m "not slow"
 
 slow:  # the rest: cells marked `slow`, tests marked slow
@@ -23,7 +24,7 @@ slow:  # the rest: cells marked `slow`, tests marked slow
 docs:  # modules, outputs, docs/ and README.md from the notebooks
 	nbdev-export
 	$(RUN) --save $(OTHERS)
-	$(RUN) --save $(COMPILES)
+	$(RUN) --save $(APART)
 	nbdev-clean
 	python tools/build_docs.py
 
