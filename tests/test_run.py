@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,15 @@ from fastai.vision.augment import Resize
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageDataLoaders
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 
 from simclr_nb.cli import pretrain
 from simclr_nb.data import simclr_dls
 from simclr_nb.model.encoder import load_encoder
 from simclr_nb.learner import simclr_learner
+from simclr_nb.run.config import RunConfig
+from simclr_nb.run.pretrain import run_pretraining
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -216,3 +220,16 @@ def test_mixed_precision_ends_with_an_error(autocast_off, fault):
     learn.remove_cbs(learn._grab_cbs(Stop))
     quiet(learn, learn.pretrain, 1)
     assert np.isfinite(learn.history()["train_loss"]).all()
+
+
+def test_a_run_killed_before_its_first_state_begins_alike(tmp_path):
+    "All that is there is `config.json`; comparing it draws no random numbers."
+    config = RunConfig("digits", epochs=1, n_train=64, n_valid=32, bs=32, width=0.125, precision="fp32",
+                       out=str(tmp_path / "whole"))
+    run_pretraining(config)
+    (tmp_path / "again").mkdir()
+    text = (tmp_path / "whole/config.json").read_text().replace("whole", "again")
+    (tmp_path / "again/config.json").write_text(text)
+    run_pretraining(replace(config, out=str(tmp_path / "again"), resume=True))
+    first, second = (load_file(tmp_path / run / "encoder.safetensors") for run in ("whole", "again"))
+    assert not differing(first, second)

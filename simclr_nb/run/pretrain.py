@@ -20,6 +20,7 @@ from .. import __version__
 from ..core.processes import all_objects, from_main, is_main, join_processes, world_size
 from ..core.choices import quoted
 from ..core.lock import is_unused, locked_folder
+from ..core.random import random_state, set_random_state
 from ..core.store import check_same_settings, read_json, remove_unfinished, write_atomic
 from ..images.contents import check_same_images
 from ..data import SimCLRDataLoaders, simclr_dls
@@ -219,7 +220,9 @@ def _keep_settings(folder: Path, settings: dict) -> None:
         defaults = {f.name: f.default for f in fields(RunConfig)}  # of settings newer than the run
         saved["config"] = defaults | saved["config"]
         old, new = ({part: s[part] for part in parts} for s in (saved, settings))
+        state = random_state()  # completing tries parts of a model, which draws their weights
         old["config"] = _completed(old["config"], path)
+        set_random_state(state)
         for part in (old, new): part["policy"] = _without_notes(str(part["policy"]))
         check_same_settings(folder, old, new, _FREE, "use the old ones, or another folder (out)")
     if is_main(): write_atomic(path, json.dumps(settings, indent=2).encode())
