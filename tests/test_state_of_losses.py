@@ -31,7 +31,7 @@ class Bank(nn.Module):
     def forward(self, out, *labels):
         temperature = self.log_temperature.exp()
         z = nn.functional.normalize(out.z.float())
-        old = (z @ self.bank.T / temperature).logsumexp(1).mean() + z.mv(self.plain).mean()
+        old = (z @ self.bank.clone().T / temperature).logsumexp(1).mean() + z.mv(self.plain).mean()
         loss = NTXent(1.0)(out.z / out.z.norm(dim=1, keepdim=True)) / temperature + 0.1 * old
         if self.training: self._remember(z.detach())
         return loss
