@@ -1,4 +1,5 @@
 "Data workers that are slow, that hang, that are spawned: time counts since the last sign of life."
+import os
 import subprocess
 import sys
 import time
@@ -76,3 +77,17 @@ def test_other_ways_to_start_workers(tmp_path, method):
     done = subprocess.run([sys.executable, script, method], cwd=tmp_path, capture_output=True,
                           text=True, timeout=180)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_a_long_temporary_folder(tmp_path):
+    "Its sockets cannot be made, and the workers were waited for in vain: one line, at once."
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    (tmp_path / "photos").mkdir()
+    for i in range(6): Image.new("RGB", (40, 41 + i), (i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
+    done = subprocess.run([sys.executable, "-m", "simclr_nb.cli", "photos", "--workers", "1", "--bs", "2",
+                           "--epochs", "1", "--width", "0.0625", "--size", "16"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=180,
+                          env=os.environ | dict(TMPDIR=str(long)))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "set TMPDIR to a shorter one, or take 0 workers" in done.stderr.splitlines()[-1]

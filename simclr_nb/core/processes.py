@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIMEOUT', 'world_size', 'rank', 'is_main', 'join_processes', 'leave_processes', 'from_main', 'all_objects',
-           'any_rank', 'shard_rows', 'kept_memory', 'launch']
+           'any_rank', 'shard_rows', 'kept_memory', 'launch', 'check_worker_folder']
 
 # %% ../../nbs/core/02_processes.ipynb #cec27117
 import atexit
@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -185,3 +186,12 @@ def launch(
         raise RuntimeError(f"one of {processes} processes failed: {reason}") from None
     finally: _give_back(handlers)
     return [results[r] for r in range(processes)]
+
+# %% ../../nbs/core/02_processes.ipynb #b2619401
+def check_worker_folder() -> None:
+    "Raise `ValueError` where the temporary folder's name leaves no room for data workers' sockets."
+    folder = tempfile.gettempdir()
+    longest = (107 if sys.platform == "linux" else 103) - len("/pymp-12345678/listener-12345678")
+    if len(os.fsencode(folder)) > longest:
+        raise ValueError(f"the temporary folder {folder!r} is too long a name for data workers "
+                         f"(at most {longest} bytes): set TMPDIR to a shorter one, or take 0 workers")

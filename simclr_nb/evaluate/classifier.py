@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from .result import speed
 from ..images.arrays import ImageArrays
+from ..images.epochs import one_pass_loader
 from ..images.files import ImageFiles
 from ..images.labels import label_fraction
 from ..train.optim import create_optimizer, scale_lr, warmup_cosine
@@ -114,8 +115,7 @@ def _crops_of_files(files: ImageFiles, policy: Policy, rows: Iterable[Tensor], o
         seeds = torch.randint(2**62, (len(batch),), generator=order)
         return list(zip(batch.tolist(), seeds.tolist(), strict=True))
     crops = _SeededCrops(ImageFiles(files.paths, files.labels, policy.crop, files.rules))
-    return DataLoader(crops, batch_sampler=map(seeded, rows), num_workers=num_workers,
-                      generator=Generator())
+    return one_pass_loader(crops, num_workers=num_workers, batch_sampler=map(seeded, rows))
 
 # %% ../../nbs/evaluate/02_classifier.ipynb #de158e5c
 def augmented_batches(

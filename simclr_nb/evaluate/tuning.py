@@ -12,7 +12,6 @@ from os import cpu_count
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ..core.choices import check_choice
 from ..data import SimCLRDataLoaders
@@ -31,6 +30,7 @@ from .features import encoder_card, random_encoder
 from .frozen import score_result
 from .result import Result
 from ..images.arrays import ImageArrays
+from ..images.epochs import one_pass_loader
 from ..images.files import ImageFiles
 from ..measure.representations import feature_width, represent
 from ..model.inputs import memory_format_for
@@ -125,7 +125,7 @@ def class_scores(
     workers = cpu_count() if num_workers is None else num_workers
     if isinstance(data, ImageArrays):
         loader = [clean[i : i + bs] for i in range(0, len(clean), bs)]
-    else: loader = DataLoader(clean, bs, num_workers=workers, generator=torch.Generator())
+    else: loader = one_pass_loader(clean, bs, workers)
     return represent(model, loader, progress)[0]
 
 # %% ../../nbs/evaluate/06_tuning.ipynb #e2f84dfd

@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
@@ -30,6 +30,7 @@ from ..evaluate.journal import Journal
 from ..evaluate.logistic import L2_STRENGTHS, fit_logistic
 from ..evaluate.result import Result, accuracy_result, environment, speed
 from ..evaluate.tuning import train_classifier
+from ..images.epochs import one_pass_loader
 from ..measure.data_checks import check_answerable
 from ..measure.intervals import bootstrap_interval
 from simclr_nb.measure.metrics import (
@@ -127,7 +128,7 @@ def transfer_features(
         if path and path.is_file():
             features[part] = load_file(path)["h"]
             continue
-        loader = DataLoader(images, bs, num_workers=num_workers, generator=torch.Generator())
+        loader = one_pass_loader(images, bs, num_workers)
         features[part] = represent(encoder, loader, progress)[0]
         if path: _keep(path, features[part])
     return features
@@ -296,8 +297,7 @@ class _Finetuning:
 def scores(self: _Finetuning, model: nn.Module, split: TransferSplit) -> Tensor:
     "Scores of clean images, `(N, C)`, without reading a label."
     images = SplitImages(split, self.size, _MARGIN)
-    loader = DataLoader(images, self.grid.bs, num_workers=self.num_workers,
-                        generator=torch.Generator())
+    loader = one_pass_loader(images, self.grid.bs, self.num_workers)
     return represent(model, loader)[0]
 
 
