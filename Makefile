@@ -26,6 +26,7 @@ docs:  # modules, outputs, docs/ and README.md from the notebooks
 	$(RUN) --save $(OTHERS)
 	$(RUN) --save $(APART)
 	nbdev-clean
+	python tools/neutral_outputs.py
 	python tools/build_docs.py
 
 check:  # what `make docs` writes is in step with the notebooks

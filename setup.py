@@ -13,7 +13,8 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     keywords=cfg["keywords"], author=cfg["author"], license_expression=cfg["license"],
     python_requires=f">={cfg['min_python']}", install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "bands", "export")},
+    extras_require={name: cfg[f"{name}_requirements"].split()
+                    for name in ("dev", "bands", "export", "tables")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "nbdev": [f"{cfg['lib_name']} = {cfg['lib_path']}._modidx:d"]},
 )

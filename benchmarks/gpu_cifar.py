@@ -25,7 +25,8 @@ from simclr_nb.train.probes import KNNCallback, ProbeCallback, RepresentCallback
 from simclr_nb.train.checkpoint import CheckpointCallback
 from simclr_nb.plan.cost import count_encoder
 from simclr_nb.data import SimCLRDataLoaders, simclr_dls
-from simclr_nb.images.source import Source, find_source
+from simclr_nb.images.source import Source
+from simclr_nb.images.find import find_source
 from simclr_nb.model.encoder import load_encoder
 from simclr_nb.evaluate.features import encoder_features
 from simclr_nb.evaluate.frozen import knn_accuracy, linear_evaluation

@@ -32,7 +32,8 @@ from .images.epochs import EpochLoader, SeededLoader
 from .images.files import ImageFiles, JpegFiles, JpegLoader
 from .images.listing import IMAGE_SUFFIXES
 from .images.pixels import PixelRules, pixel_rules
-from .images.source import Source, find_source
+from .images.source import Source
+from .images.find import find_source
 from .model.inputs import check_channels
 from .views.policy import Policy, create_policy
 from fastai.data.core import DataLoaders
@@ -136,8 +137,8 @@ def _check_decode(decode: str, skip_bad: bool, channels: int | None) -> None:
                          "use decode='workers'")
 
 # %% ../nbs/images/09_data.ipynb #bb129f89
-def _ready(data: str | Path | Source, valid_part: float | None, n_train: int | None,
-           n_valid: int | None, skip_bad: bool, progress: bool, rules: PixelRules) -> Source:
+def _ready(data, valid_part: float | None, n_train: int | None, n_valid: int | None,
+           skip_bad: bool, progress: bool, rules: PixelRules) -> Source:
     "Images that were found, taken, checked, and loaded if they are small."
     suffixes = BAND_SUFFIXES if rules.channels else IMAGE_SUFFIXES
     source = find_source(data, suffixes)
@@ -157,7 +158,7 @@ def _info(source: Source, size: int) -> dict:
 
 # %% ../nbs/images/09_data.ipynb #05600cfd
 def simclr_dls(
-    data: str | Path | Source = "digits",  # "digits", "cifar10", a folder of images, or a `Source`
+    data="digits",  # "digits", "cifar10", a folder, table, zip, list of files, array, data set ...
     size: int | None = None,  # Side of views, 8 to 1024; by default that of small images, else 96
     bs: int | None = None,  # Images in a batch, N, of all processes; 256, or half of them if fewer
     policy: str | Policy = "auto",  # Augmentation: a name of `POLICIES`, or a `Policy`

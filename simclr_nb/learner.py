@@ -34,6 +34,7 @@ from simclr_nb.train.parts import (
     choose_encoder,
     choose_head,
     choose_loss,
+    initial_parts,
     policy_for,
     view_size,
 )
@@ -49,7 +50,7 @@ from .loss.projections import NotFiniteError
 from .train.optim import OPTIMIZERS, create_optimizer, scale_lr
 from .train.distributed import DistributedCallback
 from .core.processes import from_main, is_main, join_processes, world_size
-from .core.show import plot_history as plot_columns, view_pairs
+from .core.show import image_grid, plot_history as plot_columns, view_pairs
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
@@ -82,7 +83,7 @@ def contrastive_top1(
         return z.new_tensor(torch.nan)  # too long for dot products: the loss is NaN too
 
 # %% ../nbs/train/06_learner.ipynb #59358cbe
-def _top1_for(loss: nn.Module, metric: Callable) -> Callable:
+def _top1_for(loss: nn.Module, metric: Callable | None) -> Callable | None:
     "The metric, with the similarity of the loss."
     options = getattr(loss, "options", {})  # of a `ContrastiveLoss`
     is_cosine = options.get("normalize", getattr(loss, "normalize", True))
@@ -228,7 +229,7 @@ def contrastive_learner(
     loss: nn.Module,  # Maps a `Projection` to a scalar
     two_views: TwoViews,  # Makes the views
     optimizer: Callable,  # Maps parameters and `lr` to an optimiser
-    metric: Callable = contrastive_top1,  # First column of the table after the losses
+    metric: Callable | None = contrastive_top1,  # First column after the losses, or none
     kind: type = SimCLRLearner,  # Class of the learner
     precision: str = "auto",  # "bf16", "fp16", "fp32", or as suits the device
     micro_batch: int | None = None,  # Images whose activations are held at a time; all by default
@@ -246,7 +247,7 @@ def contrastive_learner(
     callbacks += [ViewsCallback(two_views), LossCallback(), FiniteLossCallback(), NoticeCallback()]
     if micro_batch is not None: callbacks.append(MicroBatchCallback(micro_batch))
     options = dict(opt_func=partial(OptimWrapper, opt=optimizer), cbs=L(callbacks) + L(cbs),
-                   metrics=L(_top1_for(loss, metric), *columns) + L(metrics)) | kwargs
+                   metrics=L(_top1_for(loss, metric)) + L(columns) + L(metrics)) | kwargs
     learn = kind(dls, model, loss, **options).to_precision(precision)
     return learn.to_distributed() if world_size() > 1 else learn
 
@@ -254,7 +255,7 @@ def contrastive_learner(
 @delegates(contrastive_learner, but="metric, kind")
 def simclr_learner(
     dls: DataLoaders,  # From `simclr_dls`, or any fastai `DataLoaders` of images in [0, 1]
-    arch: str | nn.Module = "resnet18",  # Name, "torchvision/...", "timm/...", or a module
+    arch: str | nn.Module | None = None,  # "resnet18", "torchvision/...", "timm/...", or a module
     width: float = 1.0,  # Multiplies the channels of our encoders
     temperature: float = 0.5,  # Of the loss; the paper: 0.1 on ImageNet, 0.5 on CIFAR-10
     stem: str = "auto",  # "cifar" (3x3, no pooling), "imagenet", or by the size of the views
@@ -264,6 +265,7 @@ def simclr_learner(
     shared: Policy | None = None,  # Operators drawn once for both views, before either (Figure 5)
     loss: str | nn.Module = "nt_xent",  # A name of `LOSSES`, or a module
     similarity: str = "cosine",  # "cosine", or "dot": z is not normalised (Table 5)
+    init: str | Path | None = None,  # Weights to begin with, of any source; they decide `arch`
     optimizer: str = "lars",  # A name of `OPTIMIZERS`
     weight_decay: float = 1e-6,  # Of weights, not of biases and BatchNorm (paper section 2.1)
     head: str | nn.Module | None = None,  # A name of `HEADS` (Figure 8), or maps h to z; "mlp"
@@ -279,7 +281,9 @@ def simclr_learner(
     policy = policy_for(dls, policy)
     two_views = TwoViews(policy, second_policy, shared)
     size = view_size(dls, two_views)
-    encoder = choose_encoder(arch, size, width, stem, zero_init_last, image_channels(dls))
+    if init is not None: arch, head = initial_parts(init, arch, head)
+    encoder = choose_encoder(arch or "resnet18", size, width, stem, zero_init_last,
+                             image_channels(dls))
     head = choose_head(head, encoder.out_dim, out_dim=out_dim, hidden_layers=hidden_layers,
                  batch_norm=batch_norm)
     create = partial(create_optimizer, optimizer, weight_decay=weight_decay)
@@ -292,9 +296,10 @@ def show_views(
     self: SimCLRLearner,
     n: int = 8,  # Training images to show
 ) -> Figure:
-    "Two views of each of `n` training images: what the encoder is asked to match."
-    x = self.dls.train.one_batch()[0].as_subclass(Tensor)
-    return view_pairs(self.views.two_views(x[:n]), n)
+    "Views of `n` training images, pairs one above the other: what the encoder is asked to match."
+    x = self.dls.train.one_batch()[0].as_subclass(Tensor)[:n]
+    views = self.views.two_views(x)
+    return view_pairs(views, n) if len(views) == 2 * len(x) else image_grid(views)
 
 # %% ../nbs/train/06_learner.ipynb #55c22ce3
 @patch

@@ -10,6 +10,8 @@ from simclr_nb.core.store import read_json
 from simclr_nb.data import simclr_dls
 from simclr_nb.evaluate.features import encoder_features
 from simclr_nb.evaluate.frozen import logistic_accuracy
+from simclr_nb.learner import simclr_learner
+from simclr_nb.model.inputs import evaluating
 from test_convert_in import official_arrays
 
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
@@ -137,3 +139,28 @@ def test_a_library_network_by_name(tmp_path, monkeypatch):
     assert asked == dict(name="resnet18", weights="DEFAULT")
     with pytest.raises(SystemExit) as stop: evaluate(["torchvision/resnet19", *options])
     assert stop.value.code == 2
+
+
+def test_a_learner_begins_with_a_foreign_file(resnet, tmp_path):
+    "`simclr_learner(init=...)`: same h as the source library's, pixels prepared as there; then it trains."
+    backbone = nn.Sequential(*list(resnet.children())[:-1])
+    head = nn.Sequential(nn.Linear(512, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(),
+                         nn.Linear(64, 16, bias=False))
+    state = {f"backbone.{k}": v for k, v in backbone.state_dict().items()}
+    state |= {f"projection_head.layers.{k}": v for k, v in head.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "lightly.ckpt")
+    dls = simclr_dls("digits", bs=32, n_train=64, n_valid=32, seed=0)
+    learn = simclr_learner(dls, init=tmp_path / "lightly.ckpt", precision="fp32")
+    x = torch.rand(4, 3, 32, 32)
+    with evaluating(learn.model), torch.no_grad():
+        theirs = backbone(((x - IMAGENET[0]) / IMAGENET[1])).flatten(1)
+        torch.testing.assert_close(learn.model.encoder(x), theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(learn.model.head(theirs), head.eval()(theirs), rtol=1e-4, atol=1e-4)
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    with learn.no_bar(), learn.no_logging(): learn.pretrain(1)
+    after = list(learn.model.parameters())
+    assert len(before) == 60 + 4 and not any(torch.equal(b, a) for b, a in zip(before, after, strict=True))
+    assert simclr_learner(dls, init=tmp_path / "lightly.ckpt", head="linear").model.head is not learn.model.head
+    with pytest.raises(ValueError, match="decide the architecture: leave out arch, got 'resnet18'"):
+        simclr_learner(dls, "resnet18", init=tmp_path / "lightly.ckpt")
+    with pytest.raises(FileNotFoundError, match="nowhere"): simclr_learner(dls, init=tmp_path / "nowhere")

@@ -117,6 +117,21 @@ def test_a_renamed_file_gives_the_same_model(files, tmp_path):
         assert all(torch.equal(state[k], first[k]) for k in first)
 
 
+def test_a_hub_module(files, tmp_path):
+    "A TF1 hub module is the same bundle in `variables/`, beside files that we do not need."
+    (tmp_path / "module" / "variables").mkdir(parents=True)
+    (tmp_path / "module" / "assets").mkdir()
+    for name in ("saved_model.pb", "tfhub_module.pb"): (tmp_path / "module" / name).write_bytes(b"\x08\x01")
+    for path in files["tf1_r50_sk"].iterdir():
+        if path.name != "checkpoint":
+            name = re.sub(r"^.*(\.index|\.data-.*)$", r"variables\1", path.name)
+            (tmp_path / "module" / "variables" / name).write_bytes(path.read_bytes())
+    first = assemble(recognise_tensorflow(files["tf1_r50_sk"])).state_dict()
+    state = import_weights(tmp_path / "module", progress=False).state_dict()
+    assert state.keys() == first.keys() and all(torch.equal(state[k], first[k]) for k in first)
+    with pytest.raises(ValueError, match="saved_model.pb"): import_weights(tmp_path / "module" / "saved_model.pb")
+
+
 def renamed(files, to: Path, change) -> Path:
     "The CIFAR checkpoint without its momentum, each name and value changed or left out."
     bundle = Bundle(files["tf1_r18_cifar"])

@@ -18,7 +18,7 @@ from simclr_nb import data
 from simclr_nb.images.arrays import is_resident
 from simclr_nb.images.pixels import read_image
 from simclr_nb.data import clean_loader, simclr_dls
-from simclr_nb.images.source import find_source
+from simclr_nb.images.find import find_source
 from simclr_nb.images.files import JpegLoader
 
 FLOWER = Image.fromarray(load_sample_images().images[1]).resize((60, 40))

@@ -16,7 +16,8 @@ from simclr_nb.images.labels import match_list, save_label_list
 from simclr_nb.images.listing import index_images
 from simclr_nb.images.pack import write_shards
 from simclr_nb.images.shards import open_shards
-from simclr_nb.images.source import find_source, is_built_in
+from simclr_nb.images.source import is_built_in
+from simclr_nb.images.find import find_source
 
 HOSTILE = "a\n\x1b[31mred\x07\u202egpj"  # hides what stands before it, colours, rings, turns round
 

@@ -123,8 +123,9 @@ def test_encoder_with_damaged_description(refused, text):
     refused(evaluate, "x.safetensors", *DIGITS, words=["'x.safetensors' is damaged"])
 
 
-@pytest.mark.parametrize("text", [DEEP, "[1]", "3", '{"a', "", "{}"],
-                         ids=["deep", "list", "number", "cut", "empty", "no keys"])
+@pytest.mark.parametrize("text", [DEEP, "[1]", "3", '{"a', "", "{}", '{"config": true, "data": {}, "policy": ""}',
+                                  '{"config": {}, "data": 1.5, "policy": ""}'],
+                         ids=["deep", "list", "number", "cut", "empty", "no keys", "no settings", "no data"])
 def test_run_with_damaged_json(refused, text):
     Path("run").mkdir()
     Path("run/config.json").write_text(text)

@@ -95,7 +95,7 @@ def test_memory_of_a_step(name):
     "Predicted, and held by a process of its own with a C library that gives back what is freed."
     command = [sys.executable, BENCHMARKS / "plan.py", f"--peak={name}", "--threads=1"]
     env = os.environ | GIVE_BACK
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
     assert done.returncode == 0, done.stderr
     held = json.loads(done.stdout.splitlines()[-1])["peak_mib"] * 2**20
     configs = dict(small=("resnet18", 0.25, 32, 256, None), photos=("resnet18", 0.5, 96, 256, 64))

@@ -27,7 +27,7 @@ from simclr_nb.cli import pretrain
 from simclr_nb.data import simclr_dls
 from simclr_nb.model.encoder import load_encoder
 from simclr_nb.learner import simclr_learner
-from simclr_nb.run.config import RunConfig
+from simclr_nb.run.config import METHODS, RunConfig, complete_config
 from simclr_nb.run.pretrain import run_pretraining
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,3 +233,11 @@ def test_a_run_killed_before_its_first_state_begins_alike(tmp_path):
     run_pretraining(replace(config, out=str(tmp_path / "again"), resume=True))
     first, second = (load_file(tmp_path / run / "encoder.safetensors") for run in ("whole", "again"))
     assert not differing(first, second)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_completing_settings_draws_nothing(method):
+    "Parts of the model are tried without weights, so that a resumed run begins with the same ones."
+    state = torch.get_rng_state()
+    complete_config(RunConfig(method=method))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -20,7 +20,7 @@ import simclr_nb
 from simclr_nb.data import simclr_dls
 from simclr_nb.images.files import JpegFiles, read_pixels
 from simclr_nb.images.pixels import MAX_PIXELS, PixelRules, probe_image, read_image
-from simclr_nb.images.shards import ShardImage
+from simclr_nb.images.shards import NamedImage
 from simclr_nb.transfer.datasets import load_transfer
 from simclr_nb.views.crop import RandomResizedCrop
 
@@ -200,7 +200,7 @@ def test_empty_and_foreign_files_are_named(tmp_path):
             with pytest.raises(ValueError, match=f"cannot read image .*{name}: "):
                 read(tmp_path / name)
     with pytest.raises(ValueError, match="cannot read image a.tar:b.jpg: it is damaged, or none"):
-        read_image(ShardImage(EPS, "a.tar:b.jpg"))
+        read_image(NamedImage(EPS, "a.tar:b.jpg"))
 
 
 def test_name_with_escape_codes_is_shown_as_text(tmp_path):

@@ -194,4 +194,5 @@ def check_worker_folder() -> None:
     longest = (107 if sys.platform == "linux" else 103) - len("/pymp-12345678/listener-12345678")
     if len(os.fsencode(folder)) > longest:
         raise ValueError(f"the temporary folder {folder!r} is too long a name for data workers "
-                         f"(at most {longest} bytes): set TMPDIR to a shorter one, or take 0 workers")
+                         f"(at most {longest} bytes): set TMPDIR to a shorter one, or "
+                         "take 0 workers")

@@ -132,14 +132,16 @@ def parse_json(
 def read_json(
     path: str | Path,  # JSON file, UTF-8
     advice: str = "remove it, or restore it",  # How the message goes on where it is damaged
-    keys: Collection[str] = (),  # What it must hold
+    keys: dict[str, type] | None = None,  # What it must hold, and of which type
 ) -> dict:  # With at least these keys
     "A JSON object from a file; raises `ValueError` that names a damaged file, or `OSError`."
     content = Path(path).read_bytes()
     try:
         values = parse_json(content)
-        missing = [key for key in keys if key not in values]
-        if missing: raise ValueError(f"it has no {missing[0]!r}")
+        for key, kind in (keys or {}).items():
+            if key not in values: raise ValueError(f"it has no {key!r}")
+            if not isinstance(values[key], kind):
+                raise ValueError(f"its {key!r} is {values[key]!r:.40}, no {kind.__name__}")
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}; {advice}") from None
     return values

@@ -144,6 +144,7 @@ def finetune(
     seed: int = 0,  # Of labels, classifier, order and crops
     name: str = "encoder",  # What to call the encoder in the card
     return_model: bool = False,  # Give the tuned model as well
+    precision: str = "auto",  # "fp32", "bf16", or as suits the device
     progress: bool = True,  # Show a progress bar with images/s and ETA
     **card,  # For the card: how the encoder was trained
 ) -> Result | tuple[Result, nn.Sequential]:
@@ -156,7 +157,7 @@ def finetune(
     policy = policy or dls.policy.geometry()
     options = dict(num_workers=dls.train.fake_l.num_workers, progress=progress)
     model = train_classifier(encoder, select_images(data, rows), len(dls.classes), recipe, policy,
-                             batch_norm, seed=seed, **options)
+                             batch_norm, seed=seed, precision=precision, **options)
     seconds = time.perf_counter() - start
     scores = class_scores(model, dls.valid.dataset, policy, dls.train.bs, **options)
     training = training_card(recipe, data.labels, rows, policy, seconds, epochs=epochs, seed=seed,

@@ -214,7 +214,7 @@ def _from_workers(loader: EpochLoader) -> Iterator:
     finally: loader.signs = None
     loader.after_iter()
 
-
+# %% ../../nbs/images/03_epochs.ipynb #4e2c2bea
 def _batches(loader: EpochLoader) -> Iterator:
     "Batches of this process or of its workers; says so where one died handing over a batch."
     if not loader.fake_l.num_workers:
@@ -319,7 +319,7 @@ def one_pass_loader(
     num_workers: int = 0,  # Processes that make items
     **options,  # For PyTorch's loader
 ) -> TorchDataLoader:  # Batches in the order of the data
-    "PyTorch's loader that leaves the global random state alone; raises `ValueError` as its workers would hang."
+    "PyTorch's loader, in order; leaves the global random state alone; raises `ValueError`."
     if num_workers: check_worker_folder()
     return TorchDataLoader(images, bs, num_workers=num_workers, generator=torch.Generator(),
                            **options)

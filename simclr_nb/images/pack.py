@@ -23,7 +23,8 @@ from ..core.choices import quoted
 from .arrays import ImageArrays
 from ..core.work import with_progress
 from .pixels import probe_image
-from .source import Source, find_source
+from .source import Source
+from .find import find_source
 from simclr_nb.core.store import (
     atomic_file,
     check_same_settings,

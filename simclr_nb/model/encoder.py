@@ -23,7 +23,9 @@ from ..core.store import atomic_file, parse_json
 from .adapt import AdaptedEncoder, adapt_encoder, timm_encoder, torchvision_encoder
 from .amdim import amdim_encoder
 from .inputs import evaluating, input_channels
+from .lab import cmc_encoder
 from .normalized import normalized_encoder
+from .patches import cpc_encoder
 from .resnet import resnet_encoder
 
 # %% ../../nbs/model/06_encoder.ipynb #c7eceb80
@@ -33,6 +35,8 @@ FAMILIES = dict(  # family: what makes an encoder of a member's name
     timm=timm_encoder,
     amdim=amdim_encoder,
     normalized=normalized_encoder,
+    cpc=cpc_encoder,
+    cmc=cmc_encoder,
 )
 
 # %% ../../nbs/model/06_encoder.ipynb #3146d256
@@ -45,9 +49,10 @@ def create_encoder(
     "Encoder by name; raises `ValueError` that lists what is allowed, `ImportError` without timm."
     if "/" not in arch: return FAMILIES["resnet"](arch, width=width, stem=stem, **kwargs)
     family, name = arch.split("/", 1)
-    if family == "normalized": kwargs.update(width=width, stem=stem)
+    is_resnet = family in ("normalized", "cmc")
+    if is_resnet: kwargs.update(width=width, stem=stem)
     for option, value, usual in (("width", width, 1.0), ("stem", stem, "imagenet")):
-        if value == usual or family == "normalized": continue
+        if value == usual or is_resnet: continue
         raise ValueError(f"{arch!r} has no {option}, got {value!r}: leave it out")
     check_choice("family of encoders", family, FAMILIES)
     return FAMILIES[family](name, **kwargs)

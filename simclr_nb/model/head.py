@@ -23,9 +23,9 @@ from ..core.choices import check_choice
 from ..core.store import parse_json, write_atomic
 
 # %% ../../nbs/model/04_head.ipynb #777979dd
-def _layer(dim: int, out_dim: int, batch_norm: bool, last: bool) -> list:
-    "Linear without bias, BatchNorm (without shift if last) if asked for, and ReLU (not if last)."
-    modules = [nn.Linear(dim, out_dim, bias=False)]
+def _layer(dim: int, out_dim: int, batch_norm: bool, last: bool, bias: bool) -> list:
+    "Linear, BatchNorm (without shift if last) if asked for, and ReLU (not if last)."
+    modules = [nn.Linear(dim, out_dim, bias=bias)]
     if batch_norm:
         modules.append(nn.BatchNorm1d(out_dim))
         if last: modules[-1].register_parameter("bias", None)
@@ -54,6 +54,7 @@ def projection_head(
     hidden_dim: int | Sequence | None = None,  # Width of the hidden layers, or of each; None: `dim`
     batch_norm: bool = False,  # BatchNorm after every linear layer, as in the official code
     kind: str | None = None,  # "identity", "linear", "nonlinear"; None: as `hidden_layers` says
+    bias: bool = False,  # Biases of the linear layers, as MoCo's heads have them
 ) -> nn.Sequential:  # Maps `h`, `(N, dim)`, to `z`, `(N, out_dim)`
     "Projection head, by default the one of the paper; raises `ValueError` for sizes out of range."
     hidden = _hidden_widths(dim, hidden_layers, hidden_dim, kind)
@@ -62,11 +63,12 @@ def projection_head(
         if value < 1: raise ValueError(f"{name} must be at least 1, got {value}")
     widths = [dim, *hidden, out_dim]
     layers = [] if kind == "identity" else [
-        _layer(a, b, batch_norm, last=i == len(hidden))
+        _layer(a, b, batch_norm, i == len(hidden), bias)
         for i, (a, b) in enumerate(zip(widths, widths[1:]))]
     head = nn.Sequential(*(module for layer in layers for module in layer))
     head.config = dict(dim=dim, out_dim=out_dim, hidden_layers=len(hidden), hidden_dim=hidden,
                        batch_norm=batch_norm, kind=kind)
+    if bias: head.config["bias"] = True
     return head
 
 # %% ../../nbs/model/04_head.ipynb #5929a730

@@ -25,23 +25,26 @@ from .norm import batch_norms
 def _chunks(
     x: Tensor,  # Both views, `(2N, ...)`
     micro_batch: int,  # At most so many images in a chunk
-) -> list[Tensor]:  # Rows of each
-    "Chunks of images with both views; raises `ValueError` if there are none."
-    if len(x) % 2 or not len(x):
-        raise ValueError(f"expected two views per image, got {len(x)} rows")
+    views: int = 2,  # Rows of an image
+) -> list[Tensor]:  # Rows of each: first views, then second
+    "Chunks of images with all their views; raises `ValueError` if there are none."
+    if len(x) % views or not len(x):
+        raise ValueError(f"expected {'two' if views == 2 else views} views per image, "
+                         f"got {len(x)} rows")
     if micro_batch < 1: raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
-    n = len(x) // 2
+    n = len(x) // views
     images = torch.arange(n, device=x.device).tensor_split(math.ceil(n / micro_batch))
-    return [torch.cat([part, n + part]) for part in images]
+    return [torch.cat([part + view * n for view in range(views)]) for part in images]
 
 
 def _join(
-    parts: list[Tensor],  # Values of each chunk
+    parts: list[Tensor],  # Values of each chunk; perhaps of the first views alone
     chunks: list[Tensor],  # Rows of each
 ) -> Tensor:  # `(2N, ...)`
     "Values of chunks, put where they belong."
     joined = torch.cat(parts)
-    return torch.empty_like(joined).index_copy_(0, torch.cat(chunks), joined)
+    rows = torch.cat([rows[:len(part)] for part, rows in zip(parts, chunks, strict=True)])
+    return torch.empty_like(joined).index_copy_(0, rows, joined)
 
 # %% ../../nbs/parallel/03_microbatch.ipynb #28773ba1
 class FrozenBatchNorm(_NormBase):
@@ -137,6 +140,12 @@ def _autocast_of(device: str) -> dict:
     return dict(device_type=device, dtype=torch.get_autocast_dtype(device),
                 enabled=torch.is_autocast_enabled(device), cache_enabled=False)
 
+# %% ../../nbs/parallel/03_microbatch.ipynb #5d36a1ff
+def _views_per_image(model: nn.Module) -> int:
+    "Rows that a model takes for each image: two, unless it says otherwise."
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return getattr(inner, "views_per_image", 2)
+
 # %% ../../nbs/parallel/03_microbatch.ipynb #b16c3cad
 class _TwoPasses:
     "Forward pass of a batch in chunks without activations, and the second one with them."
@@ -144,7 +153,7 @@ class _TwoPasses:
     def __init__(self, model: nn.Module, x: Tensor, micro_batch: int):
         self.model = model
         self.x = x
-        self.chunks = _chunks(x, micro_batch)
+        self.chunks = _chunks(x, micro_batch, _views_per_image(model))
         self.states = []  # of the generators, before each chunk
         self.autocast = _autocast_of(x.device.type)
 
@@ -182,7 +191,7 @@ def second(self: _TwoPasses, g: Tensor) -> None:
             _set_random_state(state, device)
             with nullcontext() if rows is self.chunks[-1] else _no_sync(self.model):
                 with torch.autocast(**self.autocast): z = self.model(self.x[rows]).z
-                with torch.autocast(device.type, enabled=False): z.backward(g[rows])
+                with torch.autocast(device.type, enabled=False): z.backward(g[rows[:len(z)]])
     buffers.set(buffers.start)
 
 # %% ../../nbs/parallel/03_microbatch.ipynb #3faa5121

@@ -246,10 +246,11 @@ class Link(NamedTuple):
 
 # %% ../../nbs/plan/01_cost.ipynb #9baa0f05
 LINKS = dict(
-    # NVIDIA data sheets of V100, A100, H100 give both directions together: 300, 600, 900 GB/s
+    # Data sheets of V100, A100, H100, B200 give both directions together: 300 to 1,800 GB/s
     nvlink2=Link(150e9, 5e-6), nvlink3=Link(300e9, 5e-6), nvlink4=Link(450e9, 5e-6),
-    # PCI-SIG: 16 lanes of 8 and 16 GT/s
-    pcie3=Link(15.8e9, 10e-6), pcie4=Link(31.5e9, 10e-6),
+    nvlink5=Link(900e9, 5e-6),
+    # PCI-SIG: 16 lanes of 8, 16 and 32 GT/s
+    pcie3=Link(15.8e9, 10e-6), pcie4=Link(31.5e9, 10e-6), pcie5=Link(63e9, 10e-6),
     # Jouppi et al. 2020, Table 1: 656 Gbit/s per link of a TPU v3 chip, which has two cores
     ici=Link(41e9, 5e-6),
     # By their names, in Gbit/s; InfiniBand HDR and NDR with one port per node

@@ -44,12 +44,24 @@ def _gpu(fp32: float, half: float, bandwidth: float, memory: float, link: str,
     return Device(peak, bandwidth * 1e9, memory * 1e9, link)
 
 # %% ../../nbs/plan/02_devices.ipynb #410544a7
-DEVICES = dict(  # NVIDIA's data sheets of SXM parts unless said; tpu3: a core, Jouppi et al. 2020
-    v100=_gpu(15.7, 125, 900, 32, "nvlink2", bf16=False), t4=_gpu(8.1, 65, 320, 16, "pcie3", False),
-    a100=_gpu(156, 312, 2039, 80, "nvlink3"), h100=_gpu(494, 989, 3350, 80, "nvlink4"),
-    h200=_gpu(494, 989, 4800, 141, "nvlink4"), a6000=_gpu(77, 155, 768, 48, "pcie4"),
-    rtx4090=_gpu(82.6, 165, 1008, 24, "pcie4"), tpu3=_gpu(61.5, 61.5, 450, 16, "ici"),
-)  # fmt: skip
+DEVICES = dict(  # name to peaks without sparsity, sums in float32; the source stands behind each
+    v100=_gpu(15.7, 125, 900, 32, "nvlink2", bf16=False),  # V100 SXM2 data sheet
+    t4=_gpu(8.1, 65, 320, 16, "pcie3", bf16=False),  # T4 data sheet
+    a100=_gpu(156, 312, 2039, 80, "nvlink3"),  # A100 SXM 80 GB data sheet
+    a10=_gpu(62.5, 125, 600, 24, "pcie4"),  # A10 data sheet
+    a6000=_gpu(77.4, 154.8, 768, 48, "pcie4"),  # GA102 white paper, RTX A6000
+    rtx3090=_gpu(35.6, 71, 936, 24, "pcie4"),  # GA102 white paper
+    rtx4090=_gpu(82.6, 165.2, 1008, 24, "pcie4"),  # Ada white paper
+    rtx4060_laptop=_gpu(14.6, 29.1, 256, 8, "pcie4"),  # 3,072 cores at 2,370 MHz, as Ada's rule
+    rtx4090_laptop=_gpu(39.7, 79.4, 576, 16, "pcie4"),  # 9,728 cores at 2,040 MHz, the highest
+    l4=_gpu(60, 121, 300, 24, "pcie4"),  # L4 data sheet, half of its sparse rates
+    l40s=_gpu(183, 362, 864, 48, "pcie4"),  # L40S data sheet
+    h100=_gpu(494, 989, 3350, 80, "nvlink4"),  # H100 SXM data sheet, half of its sparse rates
+    h200=_gpu(494, 989, 4800, 141, "nvlink4"),  # H200 SXM data sheet, half of its sparse rates
+    rtx5090=_gpu(104.8, 209.5, 1792, 32, "pcie5"),  # RTX Blackwell white paper
+    b200=_gpu(1100, 2250, 7700, 180, "nvlink5"),  # HGX B200 data sheet, per GPU, half of its sparse
+    tpu3=_gpu(61.5, 61.5, 450, 16, "ici"),  # a core; Jouppi et al. 2020
+)
 
 # %% ../../nbs/plan/02_devices.ipynb #f63bf710
 def _fastest(work: Callable, repeats: int = 5) -> float:

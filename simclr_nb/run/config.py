@@ -9,6 +9,7 @@ __all__ = ['LEARNER_OPTIONS', 'METHODS', 'RunConfig', 'Method', 'complete_config
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 
@@ -18,6 +19,11 @@ from ..learner import BASE_LR, simclr_learner
 from ..loss.alternatives import LOSSES
 from ..loss.tiled import NTXent
 from ..methods.amdim import amdim_encoder, amdim_learner
+from ..methods.cmc import cmc_learner, lab_encoder
+from ..methods.instdisc import instdisc_learner
+from ..methods.moco import moco_learner
+from ..methods.pirl import pirl_learner
+from ..methods.cpc import cpc_learner, patch_encoder
 from ..model.encoder import create_encoder
 from ..model.head import projection_head
 from ..train.parts import HEADS
@@ -29,8 +35,8 @@ from ..views.policy import POLICIES
 class RunConfig:
     "Settings of a pretraining run."
 
-    data: str = "digits"  # "digits", "cifar10", or a folder, labelled by sub-folder or not
-    method: str = "simclr"  # simclr, or amdim; values in brackets below are those of amdim
+    data: str = "digits"  # "digits", "cifar10", a folder, labelled or not, a table, a zip file
+    method: str = "simclr"  # A key of `METHODS`; values in brackets below are those of amdim
     arch: str | None = None  # Encoder: resnet18, 34, ... 200 (amdim/NDF-RKHS-DEPTH: 32-256-2)
     width: float | None = None  # Multiplies the channels of a ResNet; 0.25
     epochs: int | None = None  # Passes over the training images; digits 60, else 12 (10, else 6)
@@ -47,6 +53,10 @@ class RunConfig:
     optimizer: str | None = None  # lars, sgd, adam or adamw; lars
     weight_decay: float | None = None  # Of weights, not of biases and BatchNorm; 1e-6
     warmup_epochs: float | None = None  # Length of the warm-up; 10, at most a tenth of the run
+    negatives: int | None = None  # Rows of the memory bank in a step; MoCo: length of the queue
+    momentum: float | None = None  # Of memory rows 0.5, or of MoCo's key encoder 0.99
+    symmetric: bool = False  # MoCo: each view is query and key
+    splits: int | None = None  # MoCo: BatchNorm groups of a batch; 8
     zero_init_last: bool = False  # Start residual blocks as the identity (amdim does always)
     scaling: str = "sqrt"  # How the learning rate grows with the batch: sqrt, linear or none
     size: int | None = None  # Side of the views in pixels; that of small images, else 96 (32, 64)
@@ -88,6 +98,16 @@ class Method:
 LEARNER_OPTIONS = ("precision", "micro_batch", "compiled")  # settings for the learner of any method
 
 # %% ../../nbs/run/00_config.ipynb #1234dc38
+def _check_training(config: RunConfig) -> None:
+    "Refuse a weight decay or a warm-up that cannot be."
+    for name in ("weight_decay", "warmup_epochs"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    if (config.warmup_epochs or 0) > config.epochs:
+        raise ValueError(f"warmup_epochs must be 0 to {config.epochs}, got {config.warmup_epochs}")
+
+
 def _check_parts(config: RunConfig) -> None:
     "Refuse names and numbers of the loss, the head and the optimiser that cannot be."
     lists = dict(loss=LOSSES, head=HEADS, optimizer=OPTIMIZERS, second_policy=POLICIES,
@@ -96,13 +116,9 @@ def _check_parts(config: RunConfig) -> None:
         if getattr(config, name) is not None: check_choice(name, getattr(config, name), allowed)
     NTXent(config.temperature)
     layers = 1 if config.hidden_layers is None else config.hidden_layers
-    projection_head(1, hidden_layers=layers, kind=HEADS.get(config.head))
-    for name in ("weight_decay", "warmup_epochs"):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    if (config.warmup_epochs or 0) > config.epochs:
-        raise ValueError(f"warmup_epochs must be 0 to {config.epochs}, got {config.warmup_epochs}")
+    with torch.device("meta"):  # so that no weight is drawn
+        projection_head(1, hidden_layers=layers, kind=HEADS.get(config.head))
+    _check_training(config)
 
 # %% ../../nbs/run/00_config.ipynb #5a554072
 def _simclr_defaults(config: RunConfig) -> dict:
@@ -143,13 +159,91 @@ def _check_amdim(config: RunConfig) -> None:
     with torch.device("meta"): amdim_encoder(config.arch, config.size, in_channels=channels)
     if config.lr <= 0: raise ValueError(f"lr must be above 0, got {config.lr}")
 
+# %% ../../nbs/run/00_config.ipynb #c0718650
+def _cpc_defaults(config: RunConfig) -> dict:
+    "Values for CPC, for short runs."
+    is_digits = config.data == "digits" and is_built_in("digits")
+    return dict(arch="cpc/16-1", epochs=12, bs=64, lr=1e-3, weight_decay=1e-5,
+                size=32 if is_built_in(config.data) else 64,
+                policy="digits" if is_digits else "supervised")
+
+
+def _check_cpc(config: RunConfig) -> None:
+    "Refuse settings out of range."
+    options = dict(in_channels=config.channels or 3)
+    with torch.device("meta"): patch_encoder(config.arch, config.size, **options)
+    if config.lr <= 0: raise ValueError(f"lr must be above 0, got {config.lr}")
+    _check_training(config)
+
+# %% ../../nbs/run/00_config.ipynb #ec24a2b8
+def _cmc_defaults(config: RunConfig) -> dict:
+    "Values for CMC, for short runs."
+    return dict(arch="cmc/resnet18", width=0.25, epochs=12, lr=0.12, temperature=0.07,
+                policy="supervised")
+
+
+def _check_cmc(config: RunConfig) -> None:
+    "Refuse settings out of range."
+    settings = config.arch, config.width, config.stem or "cifar", config.size or 32
+    with torch.device("meta"): lab_encoder(*settings, in_channels=config.channels or 3)
+    NTXent(config.temperature)
+    if config.lr <= 0: raise ValueError(f"lr must be above 0, got {config.lr}")
+    _check_training(config)
+
+# %% ../../nbs/run/00_config.ipynb #7ccb19da
+def _memory_defaults(config: RunConfig, **of_method) -> dict:
+    "Values for InstDisc, MoCo and PIRL, for short runs."
+    is_digits = config.data == "digits" and is_built_in("digits")
+    values = dict(arch="resnet18", epochs=60 if is_digits else 12, lr=0.12, temperature=0.1)
+    if "/" not in (config.arch or ""): values["width"] = 0.25  # others have no width
+    if config.method == "pirl" and is_built_in(config.data): values["size"] = 32
+    few = 512 if is_digits else 4096
+    return values | {k: few if k == "negatives" else v for k, v in of_method.items()}
+
+# %% ../../nbs/run/00_config.ipynb #a1281221
+def _check_memory(config: RunConfig) -> None:
+    "Refuse settings out of range."
+    width = 1.0 if config.width is None else config.width
+    stem = "imagenet" if config.stem in (None, "auto") else config.stem
+    with torch.device("meta"): create_encoder(config.arch, width, stem)
+    NTXent(config.temperature)
+    if config.lr <= 0: raise ValueError(f"lr must be above 0, got {config.lr}")
+    if not 0 <= config.momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {config.momentum}")
+    _check_training(config)
+
+
+def _check_moco(config: RunConfig) -> None:
+    "Refuse settings out of range, and micro-batches."
+    _check_memory(config)
+    if config.micro_batch is not None:
+        raise ValueError("moco has no micro-batches: its negatives come from the queue, so take a "
+                         "smaller batch (bs) instead")
+
 # %% ../../nbs/run/00_config.ipynb #cff7dc92
+_OF_MEMORY = ("width", "temperature", "negatives", "momentum", "out_dim", "stem", "weight_decay",
+              "zero_init_last")
+_OF_MOCO = dict(momentum=0.99, negatives=None, splits=8)
 METHODS = {  # value of `RunConfig.method` to what a run must know of it
     "simclr": Method("SimCLR", simclr_learner, _simclr_defaults, _check_simclr,
                      ("width", "temperature", "zero_init_last", "loss", "similarity", "head",
                       "hidden_layers", "out_dim", "batch_norm", "stem", "optimizer",
                       "weight_decay", "second_policy"), ("scaling", "warmup_epochs")),
     "amdim": Method("AMDIM", amdim_learner, _amdim_defaults, _check_amdim),
+    "instdisc": Method("InstDisc", instdisc_learner, partial(_memory_defaults, momentum=0.5),
+                       _check_memory, _OF_MEMORY),
+    "moco": Method("MoCo v1", partial(moco_learner, version="v1"),
+                   partial(_memory_defaults, **_OF_MOCO), _check_moco,
+                   (*_OF_MEMORY, "symmetric", "splits")),
+    "moco_v2": Method("MoCo v2", partial(moco_learner, version="v2"),
+                      partial(_memory_defaults, **_OF_MOCO), _check_moco,
+                      (*_OF_MEMORY, "symmetric", "splits")),
+    "pirl": Method("PIRL", partial(pirl_learner, negatives=None, kind="softmax"),
+                   partial(_memory_defaults, momentum=0.5), _check_memory, _OF_MEMORY),
+    "cmc": Method("CMC", cmc_learner, _cmc_defaults, _check_cmc,
+                  ("width", "temperature", "out_dim", "stem", "weight_decay")),
+    "cpc": Method("CPC v2", cpc_learner, _cpc_defaults, _check_cpc, ("weight_decay",),
+                  ("warmup_epochs",)),
 }
 
 # %% ../../nbs/run/00_config.ipynb #d392a6e0
@@ -167,7 +261,7 @@ def _check_given(config: RunConfig) -> None:
 
 def _check_counts(config: RunConfig) -> None:
     "Refuse numbers of things that cannot be."
-    for name in ("epochs", "n_train", "n_valid", "micro_batch", "out_dim"):
+    for name in ("epochs", "n_train", "n_valid", "micro_batch", "out_dim", "negatives", "splits"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

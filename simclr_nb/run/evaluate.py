@@ -87,7 +87,7 @@ def open_encoder(
     if arch is None: return import_weights(path, progress=False, pixels=normalize).encoder
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no encoder file {str(path)!r}")
-    library = "/" in arch and not arch.startswith("amdim/")
+    library = "/" in arch and not arch.startswith(("amdim/", "cpc/", "cmc/"))
     if normalize == "imagenet" and not library:
         raise ValueError(f"{arch!r} takes values in [0, 1]: normalize must be 'none'")
     usual = library and normalize == "auto" and kwargs.get("in_channels", 3) == 3
@@ -186,7 +186,7 @@ def _keep_settings(folder: Path, settings: dict) -> None:
     path = folder / "evaluation.json"
     if path.is_file():
         advice = "remove it, or give another folder (out)"
-        saved = read_json(path, advice, ("data", "weights_sha256"))
+        saved = read_json(path, advice, dict(data=str, weights_sha256=str))
         check_same_settings(folder, saved, settings, advice="give another folder (out)")
     write_atomic(path, json.dumps(settings, indent=2).encode())
 

@@ -16,6 +16,7 @@ from ..core.gather import sum_over_ranks
 from ..parallel.norm import to_global_batch_norm
 from ..images.epochs import EpochLoader, rank_batches
 from ..parallel.microbatch import bare_model
+from .state import share_from_main
 from ..core.processes import all_objects, from_main, join_processes, rank, world_size
 from accelerate import DistributedDataParallelKwargs
 from fastai.data.load import DataLoader
@@ -78,6 +79,7 @@ def before_fit(self: DistributedCallback):
     if not self.run: return
     self.learn.model = bare_model(self.model)  # an earlier fit may have failed
     if self.global_batch_norm: to_global_batch_norm(self.model)
+    share_from_main(self.model.buffers())  # DDP shares parameters alone
     self.old_loss = bare_loss(self.loss_func)
     self.learn.loss_func = global_loss(self.old_loss)
     with warnings.catch_warnings():  # of an argument for which accelerate has no other name yet
@@ -86,7 +88,7 @@ def before_fit(self: DistributedCallback):
     _check_same_loaders(self.dls.loaders)
     _seed_by_rank()
 
-
+# %% ../../nbs/train/05_distributed.ipynb #da858cf1
 @patch
 def after_loss(self: DistributedCallback):
     self.learn.loss = sum_over_ranks(self.loss) / world_size()

@@ -100,7 +100,7 @@ class ProbeCallback(_Measurement):
 def after_batch(self: ProbeCallback):
     if not self.training or len(self.y) < 2: return  # an only image was passed over
     h = self.pred.h.detach().float()
-    y = self.y.as_subclass(Tensor).repeat(2)
+    y = self.y.as_subclass(Tensor).repeat(len(h) // len(self.y))  # each view of h
     if self.classifier is None: self._start(h)
     total = len(y) * world_size()
     if not self.is_labelled:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ChangingAttributes', 'stateful_callbacks', 'changing_attributes', 'loss_state', 'set_loss_state', 'recorder_state',
-           'set_recorder_state', 'trained_with', 'LossCallback']
+           'set_recorder_state', 'trained_with', 'share_from_main', 'LossCallback']
 
 # %% ../../nbs/train/03a_state.ipynb #9351332f
 import hashlib
@@ -175,7 +175,9 @@ def changing_attributes(
     loss = bare_loss(learn.loss_func)
     if isinstance(loss, nn.Module):
         owners |= {f"loss {name}": module for name, module in loss.named_modules()}
-    return ChangingAttributes(owners, [learn, learn.model, learn.opt, learn.dls, *learn.dls, loss])
+    kept = [learn, learn.opt, learn.dls, *learn.dls, loss, learn.model]
+    if isinstance(learn.model, nn.Module): kept += learn.model.modules()  # a loss may read a part
+    return ChangingAttributes(owners, kept)
 
 # %% ../../nbs/train/03a_state.ipynb #57cc5dcb
 def loss_state(
@@ -252,6 +254,18 @@ def _all_tensors(groups: Iterable) -> list[Tensor]:
     parts = [group["params"] if isinstance(group, dict) else group for group in groups]
     return [p for part in parts for p in ([part] if isinstance(part, Tensor) else part)]
 
+# %% ../../nbs/train/03a_state.ipynb #476d1d51
+@torch.no_grad()
+def share_from_main(
+    tensors: Iterable[Tensor],  # Of the same shapes on all ranks; changed in place
+) -> None:
+    "Give tensors the values that they have on rank 0; all ranks must come here together."
+    if world_size() == 1: return
+    for value in tensors:
+        of_main = value.detach().clone(memory_format=torch.contiguous_format)
+        dist.broadcast(of_main, 0)
+        value.copy_(of_main)
+
 # %% ../../nbs/train/03a_state.ipynb #d14045d4
 class LossCallback(Callback):
     "Give the loss what the model gets: device, mode, equal ranks; raises `ValueError`."
@@ -299,11 +313,7 @@ def _share(self: LossCallback) -> None:
     "Begin as rank 0 does; buffers of a loss that gathers by itself stay."
     if world_size() == 1: return
     is_own = getattr(bare_loss(self.loss_func), "over_ranks", False)
-    with torch.no_grad():
-        for value in [*self.params, *([] if is_own else self.loss_func.buffers())]:
-            of_main = value.detach().clone(memory_format=torch.contiguous_format)
-            dist.broadcast(of_main, 0)
-            value.copy_(of_main)
+    share_from_main([*self.params, *([] if is_own else self.loss_func.buffers())])
 
 # %% ../../nbs/train/03a_state.ipynb #dc8d5068
 def _remembered(loss: nn.Module) -> tuple:

@@ -9,6 +9,7 @@ __all__ = ['ColorSteps', 'color_steps', 'jitter_colors', 'shifted_sum', 'compile
 # %% ../../nbs/views/06_compiled.ipynb #bc051f6b
 import warnings
 from collections.abc import Callable
+from copy import copy
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -239,8 +240,11 @@ def compiled_policy(
 def compiled_views(
     two_views: TwoViews,  # Any
 ) -> TwoViews:  # The same, of compiled policies
-    "Two views by `compiled_policy`."
-    first, second, shared = two_views.policy, two_views.second, two_views.shared
-    fast = compiled_policy(first)
-    other = fast if second is first else compiled_policy(second)
-    return TwoViews(fast, other, compiled_policy(shared) if shared else None)
+    "The same views by `compiled_policy`; those of a class of its own stay as they are."
+    if not isinstance(two_views, TwoViews): return two_views
+    fast = copy(two_views)
+    fast.policy = compiled_policy(two_views.policy)
+    is_one = two_views.second is two_views.policy
+    fast.second = fast.policy if is_one else compiled_policy(two_views.second)
+    if two_views.shared: fast.shared = compiled_policy(two_views.shared)
+    return fast
