@@ -167,7 +167,8 @@ def test_exit_codes(tmp_path, capsys, args, code, text):
 
 def test_interrupted(tmp_path):
     call = command("table-5", "--scale", "smoke", "--out", tmp_path, "--jobs", 2,
-                   start_new_session=True)
+                   start_new_session=True,  # a shell's background jobs inherit that SIGINT is ignored
+                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while not (tmp_path / "journal.csv").exists() and call.poll() is None: time.sleep(0.2)
     os.killpg(call.pid, signal.SIGINT)
     output = call.communicate(timeout=60)[0]

@@ -227,4 +227,7 @@ def main():
         print(f"{'checked' if check else 'wrote'} {len(list(site.rglob('*.html')))} pages")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    if os.environ.get("PYTHONHASHSEED") != "0":  # sets in signatures are shown in one order
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONHASHSEED": "0"})
+    main()

@@ -23,6 +23,7 @@ from ..images.arrays import ImageArrays, image_tensor
 from ..images.source import Source, digits_source, find_images, folder_source
 from .runs import CellRun
 from ..views.policy import create_policy
+from ..images.pixels import read_image
 from fastai.data.external import fastai_path
 
 # %% ../../nbs/studies/05c_transfers.ipynb #fd0a3060
@@ -58,7 +59,7 @@ def photo_tiles(
 def _photos() -> Source:
     "Tiles of the photographs of the sample of ImageNet; the classes are the photographs."
     paths = find_images(_sample("imagenet_sample"))
-    pairs = [photo_tiles(Image.open(path).convert("RGB")) for path in paths]
+    pairs = [photo_tiles(read_image(path)) for path in paths]
     sets = [ImageArrays(torch.cat(tiles), torch.arange(len(paths)).repeat_interleave(len(tiles[0])))
             for tiles in zip(*pairs)]
     return Source("photo tiles", *sets, [path.stem for path in paths], "checkerboard of tiles")
