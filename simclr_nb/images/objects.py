@@ -19,7 +19,7 @@ from torch import Tensor
 from .arrays import ImageArrays
 from .listing import Items
 from .shards import NamedImage
-from .source import Source, hold_out_items, source_line
+from .source import Source, count_classes, described, hold_out_items
 from .tables import class_name, ordered_classes
 
 # %% ../../nbs/images/06b_objects.ipynb #c744edbf
@@ -132,7 +132,8 @@ def _class_names(dataset, labels: list) -> tuple[list[int], list[str]]:
         return [-1 if label is None else int(label) for label in labels], list(map(str, known))
     names = [class_name(label) for label in labels]
     classes = ordered_classes(name for name in names if name is not None)
-    return [classes.index(name) if name is not None else -1 for name in names], classes
+    number = {name: i for i, name in enumerate(classes)} | {None: -1}
+    return [number[name] for name in names], classes
 
 # %% ../../nbs/images/06b_objects.ipynb #f35c7810
 def dataset_source(
@@ -148,8 +149,7 @@ def dataset_source(
     if not len(items): raise ValueError(f"{name} has no images")
     items[0]  # raises for what is no image
     source = hold_out_items(name, items.deal(), classes, valid_share)
-    said = f"{len(classes):,} classes of its labels" if classes else "no labels"
-    return replace(source, found=source_line(source, said))
+    return described(source, count_classes(source, " of its labels"))
 
 # %% ../../nbs/images/06b_objects.ipynb #669b5efa
 def _channels_first(images: np.ndarray) -> np.ndarray:
@@ -176,10 +176,10 @@ def array_source(
         raise ValueError(f"{len(pixels):,} images and {len(labels):,} labels: give one for each")
     given = [None] * len(pixels) if labels is None else np.asarray(labels).tolist()
     numbers, classes = _class_names(None, given)
-    dealt = Items(np.array(numbers, np.int32), classes).deal().rows
-    n = max(round(valid_share * len(pixels)), 2)
+    items = Items(np.array(numbers, np.int32), classes).deal()
+    source = hold_out_items(name, items, classes, valid_share)
     label = torch.tensor(numbers)
-    train, valid = (ImageArrays(pixels[rows], label[rows]) for rows in (dealt[n:], dealt[:n]))
-    source = Source(name, train, valid, classes, f"{n} images held out by a fixed seed")
-    said = f"{len(classes):,} classes of its labels" if classes else "no labels"
-    return replace(source, found=source_line(source, said))
+    train, valid = (ImageArrays(pixels[part.rows], label[part.rows])
+                    for part in (source.train, source.valid))
+    source = replace(source, train=train, valid=valid)
+    return described(source, count_classes(source, " of its labels"))

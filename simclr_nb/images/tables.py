@@ -10,7 +10,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,13 @@ import torch
 
 from ..core.choices import quoted
 from .layout import SPLIT_FOLDERS
-from .source import FileList, Source, hold_out_items, source_line
+from simclr_nb.images.source import (
+    FileList,
+    Source,
+    count_classes,
+    described,
+    hold_out_items,
+)
 
 # %% ../../nbs/images/06a_tables.ipynb #f730e519
 def class_name(
@@ -72,8 +77,7 @@ def files_source(
     _check_listed(files, name)
     items, classes = _in_order(files, None if labels is None else list(labels))
     source = hold_out_items(name, items.deal(), classes, valid_share)
-    return replace(source, found=source_line(source, f"{len(classes):,} classes of a list"
-                                             if classes else "no labels"))
+    return described(source, count_classes(source, " of a list"))
 
 # %% ../../nbs/images/06a_tables.ipynb #45c4fd55
 COLUMNS = dict(  # what a column is for, to the names by which it is found; the first that is there
@@ -183,7 +187,6 @@ def table_source(
 def _of_table(name: str, files: list[Path], found: dict, share: float) -> Source:
     "Source of the files of a table, by its columns."
     items, classes = _in_order(files, found["label"])
-    said = f"{len(classes):,} classes of its rows" if classes else "no labels"
     unused = 0
     if found["split"] is not None:
         train, valid, unused = _split_rows(found["split"], name)
@@ -194,5 +197,5 @@ def _of_table(name: str, files: list[Path], found: dict, share: float) -> Source
         held = {files[row] for row in group_rows(found["group"], share)}
         source = _parted(items, classes, held, name, f"{len(held)} images of whole groups held out")
     else: source = hold_out_items(name, items.deal(), classes, share)
-    if unused: said += f"; {unused:,} rows of other parts left out"
-    return replace(source, found=source_line(source, said))
+    left_out = f"; {unused:,} rows of other parts left out" if unused else ""
+    return described(source, count_classes(source, " of its rows") + left_out)

@@ -20,7 +20,7 @@ from ..model.head import Projection, projection_head
 from ..train.parts import check_options, choose_encoder, policy_for, view_size
 from ..views.color import ColorJitter, RandomGrayscale
 from ..views.crop import RandomResizedCrop
-from ..views.policy import Policy
+from ..views.policy import Policy, check_strength
 from ..views.two_views import OneView
 from fastai.data.core import DataLoaders
 from fastcore.meta import delegates
@@ -95,9 +95,7 @@ def instdisc_policy(
     strength: float = 1.0,  # Multiplies the jitter of 0.4, 0 to 1.25
 ) -> Policy:
     "InstDisc's crop, jitter and colour drop, which MoCo v1 uses too; raises `ValueError`."
-    if not 0 <= strength <= 1.25:
-        raise ValueError(f"strength must lie in [0, 1.25], got {strength}")
-    s = 0.4 * strength
+    s = 0.4 * check_strength(strength)
     crop = RandomResizedCrop(size, (0.2, 1.0), flip=0 if size <= 64 else 0.5)
     return Policy("instdisc", [crop, ColorJitter(s, s, s, s, p=1.0), RandomGrayscale(0.2)])
 

@@ -27,7 +27,7 @@ from ..train.parts import check_options, choose_encoder, policy_for, view_size
 from ..views.color import ColorJitter, RandomGrayscale
 from ..views.crop import RandomResizedCrop
 from ..views.distort import GaussianBlur
-from ..views.policy import Policy
+from ..views.policy import Policy, check_strength
 from ..views.two_views import TwoViews
 from fastai.data.core import DataLoaders
 from fastcore.meta import delegates
@@ -142,9 +142,7 @@ def moco_policy(
     strength: float = 1.0,  # Multiplies the jitter, 0 to 1.25
 ) -> Policy:
     "Crop, jitter, colour drop and blur of MoCo v2; raises `ValueError` for another strength."
-    if not 0 <= strength <= 1.25:
-        raise ValueError(f"strength must lie in [0, 1.25], got {strength}")
-    s = 0.4 * strength
+    s = 0.4 * check_strength(strength)
     jitter = ColorJitter(s, s, s, 0.1 * strength)
     operators = [RandomResizedCrop(size, (0.2, 1.0)), jitter, RandomGrayscale(0.2), GaussianBlur()]
     return Policy("moco_v2", operators)

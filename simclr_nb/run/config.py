@@ -120,10 +120,27 @@ def _check_parts(config: RunConfig) -> None:
         projection_head(1, hidden_layers=layers, kind=HEADS.get(config.head))
     _check_training(config)
 
+# %% ../../nbs/run/00_config.ipynb #dbfd71a7
+def _is_digits(config: RunConfig) -> bool:
+    "Whether the data are the built-in digits, which are few and small."
+    return config.data == "digits" and is_built_in("digits")
+
+
+def _check_network(config: RunConfig) -> None:
+    "Refuse an encoder that cannot be made."
+    width = 1.0 if config.width is None else config.width
+    stem = "imagenet" if config.stem in (None, "auto") else config.stem
+    with torch.device("meta"): create_encoder(config.arch, width, stem)
+
+
+def _check_rate(config: RunConfig) -> None:
+    "Refuse a learning rate of nothing."
+    if config.lr <= 0: raise ValueError(f"lr must be above 0, got {config.lr}")
+
 # %% ../../nbs/run/00_config.ipynb #5a554072
 def _simclr_defaults(config: RunConfig) -> dict:
     "Values for SimCLR, for short runs."
-    is_digits = config.data == "digits" and is_built_in("digits")
+    is_digits = _is_digits(config)
     values = dict(arch="resnet18", epochs=60 if is_digits else 12,
                   temperature=0.5 if is_digits else 0.2)
     if "/" not in (config.arch or ""): values["width"] = 0.25  # others have no width
@@ -134,10 +151,8 @@ def _simclr_defaults(config: RunConfig) -> dict:
 
 def _check_simclr(config: RunConfig) -> None:
     "Refuse settings out of range."
-    width = 1.0 if config.width is None else config.width
-    if width > 64: raise ValueError(f"width must be at most 64, got {width}")
-    stem = "imagenet" if config.stem in (None, "auto") else config.stem
-    with torch.device("meta"): create_encoder(config.arch, width, stem)
+    if (config.width or 0) > 64: raise ValueError(f"width must be at most 64, got {config.width}")
+    _check_network(config)
     _check_parts(config)
     scale_lr(config.lr or 0.0, max(config.bs or 256, 1), config.scaling)
     if config.lr is None:
@@ -147,7 +162,7 @@ def _check_simclr(config: RunConfig) -> None:
 # %% ../../nbs/run/00_config.ipynb #002ebefd
 def _amdim_defaults(config: RunConfig) -> dict:
     "Values for AMDIM, for short runs."
-    is_digits = config.data == "digits" and is_built_in("digits")
+    is_digits = _is_digits(config)
     size = 32 if is_built_in(config.data) else 64
     return dict(arch="amdim/32-256-2", epochs=10 if is_digits else 6, bs=96, lr=2e-3, size=size,
                 policy="digits" if is_digits else "amdim")
@@ -157,12 +172,12 @@ def _check_amdim(config: RunConfig) -> None:
     "Refuse settings out of range."
     channels = config.channels or 3
     with torch.device("meta"): amdim_encoder(config.arch, config.size, in_channels=channels)
-    if config.lr <= 0: raise ValueError(f"lr must be above 0, got {config.lr}")
+    _check_rate(config)
 
 # %% ../../nbs/run/00_config.ipynb #c0718650
 def _cpc_defaults(config: RunConfig) -> dict:
     "Values for CPC, for short runs."
-    is_digits = config.data == "digits" and is_built_in("digits")
+    is_digits = _is_digits(config)
     return dict(arch="cpc/16-1", epochs=12, bs=64, lr=1e-3, weight_decay=1e-5,
                 size=32 if is_built_in(config.data) else 64,
                 policy="digits" if is_digits else "supervised")
@@ -172,7 +187,7 @@ def _check_cpc(config: RunConfig) -> None:
     "Refuse settings out of range."
     options = dict(in_channels=config.channels or 3)
     with torch.device("meta"): patch_encoder(config.arch, config.size, **options)
-    if config.lr <= 0: raise ValueError(f"lr must be above 0, got {config.lr}")
+    _check_rate(config)
     _check_training(config)
 
 # %% ../../nbs/run/00_config.ipynb #ec24a2b8
@@ -187,13 +202,13 @@ def _check_cmc(config: RunConfig) -> None:
     settings = config.arch, config.width, config.stem or "cifar", config.size or 32
     with torch.device("meta"): lab_encoder(*settings, in_channels=config.channels or 3)
     NTXent(config.temperature)
-    if config.lr <= 0: raise ValueError(f"lr must be above 0, got {config.lr}")
+    _check_rate(config)
     _check_training(config)
 
 # %% ../../nbs/run/00_config.ipynb #7ccb19da
 def _memory_defaults(config: RunConfig, **of_method) -> dict:
     "Values for InstDisc, MoCo and PIRL, for short runs."
-    is_digits = config.data == "digits" and is_built_in("digits")
+    is_digits = _is_digits(config)
     values = dict(arch="resnet18", epochs=60 if is_digits else 12, lr=0.12, temperature=0.1)
     if "/" not in (config.arch or ""): values["width"] = 0.25  # others have no width
     if config.method == "pirl" and is_built_in(config.data): values["size"] = 32
@@ -203,11 +218,9 @@ def _memory_defaults(config: RunConfig, **of_method) -> dict:
 # %% ../../nbs/run/00_config.ipynb #a1281221
 def _check_memory(config: RunConfig) -> None:
     "Refuse settings out of range."
-    width = 1.0 if config.width is None else config.width
-    stem = "imagenet" if config.stem in (None, "auto") else config.stem
-    with torch.device("meta"): create_encoder(config.arch, width, stem)
+    _check_network(config)
     NTXent(config.temperature)
-    if config.lr <= 0: raise ValueError(f"lr must be above 0, got {config.lr}")
+    _check_rate(config)
     if not 0 <= config.momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), got {config.momentum}")
     _check_training(config)

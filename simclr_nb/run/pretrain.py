@@ -224,7 +224,7 @@ def _keep_settings(folder: Path, settings: dict) -> None:
         saved["config"] = defaults | saved["config"]
         old, new = ({part: s[part] for part in parts} for s in (saved, settings))
         old["config"] = _completed(old["config"], path)
-        for part in (old, new): part["policy"] = _without_notes(str(part["policy"]))
+        for part in (old, new): part["policy"] = _without_notes(part["policy"])
         check_same_settings(folder, old, new, _FREE, "use the old ones, or another folder (out)")
     if is_main(): write_atomic(path, json.dumps(settings, indent=2).encode())
 

@@ -21,6 +21,7 @@ from ..evaluate.result import Result
 from ..learner import SimCLRLearner
 from ..measure.geometry import covariance_spectrum, tsne
 from ..measure.representations import represent
+from ..parallel.microbatch import views_per_image
 
 # %% ../../nbs/run/01_report.ipynb #474cdfb3
 def html_text(
@@ -84,7 +85,7 @@ def run_figures(
     def spectra():
         return plot_spectra({k: covariance_spectrum(h) for k, (h, _) in clean().items()})
     draws = {"Training, epoch by epoch. Dashed: what guessing gives.": learn.plot_history}
-    if getattr(learn.model, "views_per_image", 2) == 1:
+    if views_per_image(learn.model) == 1:
         draws["One view of each of eight training images."] = lambda: image_grid(views)
     else: draws["Two views of each of eight training images."] = lambda: view_pairs(views)
     if len(learn.dls.valid.dataset) >= 10:

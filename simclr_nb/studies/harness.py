@@ -101,12 +101,16 @@ def work_through(
     places.cache.mkdir(parents=True, exist_ok=True)
     failed = {}
     while True:
+        began = time.monotonic()
         tasks = [t for study in studies for t in find_tasks(study, scale, places, seeds)]
         left = [task for task in merged(tasks) if task.missing(places.cache)]
         left = [task for task in left if task.spec.hash16 not in failed]
         if not left: break
         if time.monotonic() >= deadline: raise TimeUp("time is up")
-        if not any([_tried(task, places, deadline, failed) for task in left]): time.sleep(0.2)
+        looked = time.monotonic() - began
+        if any([_tried(task, places, deadline, failed) for task in left]): continue
+        pause = 0.2 + 5 * looked  # so that waiting for other processes takes little of a core
+        time.sleep(min(pause, max(deadline - time.monotonic(), 0.0)))
     if failed: raise next(iter(failed.values()))
 
 # %% ../../nbs/studies/06_harness.ipynb #b2daef54

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..evaluate.result import Result, load_result
 from .cells import CellSpec
 from .design import CELL_SETTINGS, Cell, Study
+from .grids import grid_settings
 from .measures import measure_file
 from .scales import SCALES, Scale
 
@@ -89,14 +90,6 @@ def _task(name: str, settings: dict, measures: tuple, scale: Scale, seed: int) -
 VALID_PART = 0.2  # Of the training images, for choices
 
 # %% ../../nbs/studies/05f_tasks.ipynb #dbc1a0c8
-def _points(grid: dict[str, Sequence]) -> list[dict]:
-    "All points of a grid."
-    points = [{}]
-    for name, values in grid.items():
-        points = [point | {name: value} for point in points for value in values]
-    return points
-
-
 def _at_point(settings: dict, point: dict) -> dict:
     "Settings with the values of a point; unknown names are options of the loss."
     own = {k: v for k, v in settings.items() if k not in ("tune", "tune_epochs")}
@@ -111,7 +104,7 @@ def _grid_tasks(cell: Cell, settings: dict, scale: Scale) -> list[Task]:
     if "tune" not in settings: return []
     more = dict(valid_part=VALID_PART)
     if "tune_epochs" in settings: more["epochs"] = settings["tune_epochs"]
-    points = {f"{cell.name} {point}": point for point in _points(settings["tune"])}
+    points = {f"{cell.name} {point}": point for point in grid_settings(settings["tune"])}
     return [_task(name, _at_point(settings, point) | more, ("logistic",), scale, 0)
             for name, point in points.items()]
 
@@ -122,7 +115,7 @@ def _chosen(settings: dict, tasks: list[Task], scale: Scale, places: Places) -> 
     results = [places.result(task, "logistic", scale.name) for task in tasks]
     if None in results: return None
     values = [result.value for result in results]
-    return _at_point(settings, _points(settings["tune"])[values.index(max(values))])
+    return _at_point(settings, grid_settings(settings["tune"])[values.index(max(values))])
 
 # %% ../../nbs/studies/05f_tasks.ipynb #168754c4
 def merged(
