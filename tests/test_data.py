@@ -149,7 +149,7 @@ def test_cifar10_is_held_once(cifar10):
     assert done.returncode == 0, done.stderr
     images, peak = json.loads(done.stdout)
     assert images == 30_000 * 3 * 32 * 32
-    assert peak <= 1.15 * images
+    assert peak <= 1.3 * images  # 1.06 to 1.12; a second copy of the smaller split would be 1.4
 
 
 def test_copy_on_a_device_is_kept_and_used(source, monkeypatch):
