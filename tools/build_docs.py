@@ -8,6 +8,7 @@ site, TeX to MathML, README.md from the index. Any warning is an error, and so i
 the site. Two builds of the same notebooks give the same bytes.
 """
 import argparse
+import base64
 import filecmp
 import html
 import os
@@ -36,6 +37,7 @@ OUTSIDE = re.compile(r"^\s*(?:[a-z][a-z0-9+.-]*:)?//|^\s*(?:mailto|ftp):", re.I)
 URL = re.compile(r"(?:url\(|@import\s+(?!url))\s*['\"]?([^'\")\s;]+)")
 WEB_FONT = re.compile(r"@import url\([^)]*\);?")  # the theme's; the system's fonts serve as well
 KATEX = re.compile(r'<(?:link|script)[^>]*katex[^>]*>(?:</script>)?\n?')
+HERE = re.compile(r'__main__<span class="op">\.</span>')  # signatures of a notebook's own classes
 NESTED = "".join(f"(?<!<m{t}>)" for t in "sub sup subsup under over underover frac".split())
 TOUCH_UP = [(re.compile(a), b) for a, b in [  # what browsers space or stretch otherwise than TeX
     (r"<mo>(&#x02016;|&#x0007C;)</mo>", r'<mo stretchy="false">\1</mo>'),  # bars
@@ -132,8 +134,18 @@ def mathml(span: re.Match) -> str:
     return f'<span class="math {span[1]}">{out}</span>'
 
 
-def readme(index: Path) -> str:
-    "README.md: the index's prose and code, with links into docs/."
+def picture(cell) -> tuple[str, str, bytes] | None:
+    "Alternative text, kind and bytes of the picture that a cell of the index shows."
+    alt = re.search(r'(?m)^#\| fig-alt: "(.*)"$', cell.source)
+    for out in cell.get("outputs", []):
+        for kind in ("jpeg", "png"):
+            data = out.get("data", {}).get(f"image/{kind}")
+            if data and alt: return alt[1], kind, base64.b64decode(data)
+    return None
+
+
+def readme(index: Path, site: Path) -> str:
+    "README.md: the index's prose, pictures and code, with links into docs/; pictures go to `site`."
     def link(m):
         if OUTSIDE.match(m[1]) or m[1].startswith("#"): return m[0]
         return f"](docs/{m[1].lstrip('/').replace('.ipynb', '.html')})"
@@ -143,6 +155,11 @@ def readme(index: Path) -> str:
              f"# {meta['title']}", f"> {meta['description']}"]
     for cell in cells:
         text = re.sub(r"(?m)^<!--.*?-->$|^#\|.*$", "", cell.source).strip()
+        if shown := picture(cell):
+            alt, kind, content = shown
+            name = f"readme_{len(parts)}.{kind}"
+            (site / name).write_bytes(content)
+            parts.append(f"![{alt}](docs/{name})")
         if not text or "echo: false" in cell.source: continue
         if cell.cell_type == "code": parts.append(f"```python\n{text}\n```")
         else: parts.append(re.sub(r"\]\(([^)\s]+)\)", link, text))
@@ -181,14 +198,15 @@ def build(tmp: Path) -> tuple[Path, str]:
     "The site's folder, inside `tmp`, and the text of README.md."
     own_names_only()
     stage(get_config().nbs_path, tmp)
-    text = readme(tmp / "index.ipynb")
     built = smalldocs.site.build(tmp, quiet=True)
     if built.warnings: raise SystemExit("\n".join(built.warnings))
+    text = readme(tmp / "index.ipynb", built.out)
     for page in built.out.rglob("*.html"):
         body = KATEX.sub("", page.read_text("utf-8"))
         for wing, purpose in filter(None, WINGS.values()):  # what a wing is for, on a line of its own
             body = body.replace(html.escape(f"{wing}: {purpose}"),
                                 f'{wing} <span class="wing">{html.escape(purpose)}</span>')
+        body = HERE.sub("", body)
         page.write_text(SPAN.sub(mathml, body), "utf-8")
     for css in (built.out / "site_libs/themes").glob("*.css"):
         css.write_text(WEB_FONT.sub("", css.read_text("utf-8")), "utf-8")

@@ -266,7 +266,7 @@ def plot_history(
     axes = fig.subplots(1, len(groups), squeeze=False)[0]
     for ax, (title, columns) in zip(axes, groups.items(), strict=True):
         for i, column in enumerate(columns):
-            epochs = range(1, len(history[column]) + 1)
+            epochs = range(len(history[column]))
             label = figure_text(column.replace("_", " "))
             ax.plot(epochs, history[column], marker=".", label=label, color=PALETTE[i % 8])
         if chance and title in chance:
