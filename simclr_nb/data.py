@@ -8,12 +8,13 @@ __all__ = ['SimCLRDataLoaders', 'simclr_dls', 'clean_loader', 'image_channels']
 # %% ../nbs/images/09_data.ipynb #6298eaf1
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .core.choices import check_choice
@@ -29,23 +30,41 @@ from .core.show import image_grid, view_pairs
 from .images.arrays import ArrayEpochLoader, ArrayLoader, is_resident
 from .images.bands import BAND_SUFFIXES
 from .images.epochs import EpochLoader, SeededLoader
-from .images.files import ImageFiles, JpegFiles, JpegLoader
+from .images.files import ImageFiles, JpegFiles, JpegLoader, read_pixels
 from .images.listing import IMAGE_SUFFIXES
 from .images.pixels import PixelRules, pixel_rules
 from .images.source import Source
 from .images.find import find_source
 from .model.inputs import check_channels
+from .views.crop import RandomResizedCrop
+from .views.given import GivenCrop, as_policy, policy_line
 from .views.policy import Policy, create_policy
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
 
+# %% ../nbs/images/09_data.ipynb #cc1bb425
+def _given_policy(source: Source, size: int | None, policy: Callable,
+                  strength: float | None) -> Policy:
+    "Policy of a transform, tried on the first image."
+    if strength is not None: raise ValueError(
+        f"strength is for policies by name, got {strength} with a transform: leave it out")
+    if source.in_memory: image = source.train.images[0]
+    else: image = read_pixels(source.train[0], source.rules)
+    needs_crop = not source.in_memory or size not in (None, *image.shape[1:])
+    crop = RandomResizedCrop(size or 96) if needs_crop else None
+    policy = as_policy(policy, image, crop)
+    if size in (None, policy.size): return policy
+    raise ValueError(f"{policy.name} gives views of {policy.size} px, and size is {size}: leave "
+                     "out size")
+
 # %% ../nbs/images/09_data.ipynb #52678d0c
-def _choose_policy(source: Source, size: int | None, policy: str | Policy,
+def _choose_policy(source: Source, size: int | None, policy: str | Policy | Callable,
                    strength: float | None) -> Policy:
     "Policy for the images, with what the caller left open decided."
     if size is not None and not 8 <= size <= 1024:
         raise ValueError(f"size must be 8 to 1024 pixels, got {size}")
+    if not isinstance(policy, (str, Policy)): return _given_policy(source, size, policy, strength)
     if policy == "auto": policy = source.policy if source.channels == 3 else "bands"
     size = size or (max(16, source.train.images.shape[3]) if source.in_memory else 96)
     if policy == "auto": policy = "cifar" if size <= 64 else "paper"
@@ -94,6 +113,8 @@ def _file_loaders(source: Source, policy: Policy, bs: int, seed: int, decode: st
     kwargs["pin_memory"] = kwargs["device"].type == "cuda"
     loader = SeededLoader(ImageFiles(*valid), n_valid, seed, drop_last=True, **kwargs)
     kwargs["timeout"] = timeout
+    if decode == "device" and isinstance(policy.crop, GivenCrop): raise ValueError(
+        f"the device makes crops of its own, and not {policy.name}: use decode='workers'")
     if decode == "device": return JpegLoader(JpegFiles(*train), bs, seed, **kwargs), loader
     return EpochLoader(ImageFiles(*train), bs, seed, skip_bad=skip_bad, **kwargs), loader
 
@@ -107,21 +128,28 @@ class SimCLRDataLoaders(DataLoaders):
         policy: Policy,  # Draws the views
         classes: Sequence[str] = (),  # Names in label order; empty without labels
         info: dict | None = None,  # What is known of the data, for result cards
+        groups: list[Tensor] | None = None,  # Group of each image of both sets, `(N,)`; -1: none
         **kwargs,  # For fastai's `DataLoaders`
     ):
         super().__init__(*loaders, **kwargs)
         self.policy, self.classes, self.info = policy, list(classes), info or {}
+        self.groups = groups
 
     def new_empty(self):
         loaders = [dl.new(dl.dataset.new_empty()) for dl in self.loaders]
         kwargs = dict(policy=self.policy, classes=self.classes, info=self.info)
         return type(self)(*loaders, path=self.path, device=self.device, **kwargs)
 
-    def show_batch(self, max_n: int = 16):
-        "Some images of a training batch; of files two crops each, one above the other."
-        x = self.train.one_batch()[0].as_subclass(Tensor)
-        if x.ndim == 4: return image_grid(x[:max_n])
-        return view_pairs(x.transpose(0, 1).flatten(0, 1), max_n // 2)
+# %% ../nbs/images/09_data.ipynb #ff9d896b
+@patch
+def show_batch(
+    self: SimCLRDataLoaders,
+    max_n: int = 16,  # Images to show
+):
+    "Some images of a training batch; of files two crops each, one above the other."
+    x = self.train.one_batch()[0].as_subclass(Tensor)
+    if x.ndim == 4: return image_grid(x[:max_n])
+    return view_pairs(x.transpose(0, 1).flatten(0, 1), max_n // 2)
 
 # %% ../nbs/images/09_data.ipynb #27a71aac
 def _check_decode(decode: str, skip_bad: bool, channels: int | None) -> None:
@@ -148,7 +176,7 @@ def _ready(data, valid_part: float | None, n_train: int | None, n_valid: int | N
     if source.channels == 3 or not source.found: return source
     return replace(source, found=f"{source.found}; {source.channels} channels")
 
-
+# %% ../nbs/images/09_data.ipynb #f7673bf4
 def _info(source: Source, size: int) -> dict:
     "What is known of the data, for result cards."
     info = dict(data=source.name, n_train=len(source.train), n_valid=len(source.valid),
@@ -156,12 +184,25 @@ def _info(source: Source, size: int) -> dict:
                 skipped=source.skipped, pixel_range=source.rules.ranges or None)
     return info if source.channels == 3 else info | dict(channels=source.channels)
 
+
+def _tell(source: Source, policy: Policy) -> None:
+    "Print what was understood of data and policy, where that is not plain."
+    for line in (source.found, policy_line(policy, not source.in_memory)):
+        if line: print(line)
+
+
+def _groups(source: Source) -> list[Tensor] | None:
+    "Group of each image of both sets, where a table says so."
+    if not source.groups: return None
+    sets = [s.paths if source.in_memory else s for s in (source.train, source.valid)]
+    return [torch.tensor([source.groups[path] for path in paths]) for paths in sets]
+
 # %% ../nbs/images/09_data.ipynb #05600cfd
 def simclr_dls(
     data="digits",  # "digits", "cifar10", a folder, table, zip, list of files, array, data set ...
     size: int | None = None,  # Side of views, 8 to 1024; by default that of small images, else 96
     bs: int | None = None,  # Images in a batch, N, of all processes; 256, or half of them if fewer
-    policy: str | Policy = "auto",  # Augmentation: a name of `POLICIES`, or a `Policy`
+    policy: str | Policy | Callable = "auto",  # A name of `POLICIES`, a `Policy`, a transform
     strength: float | None = None,  # Strength of the colour distortion; the policy's own by default
     n_train: int | None = None,  # Only the first images (balanced over classes); all by default
     n_valid: int | None = None,  # Likewise for validation
@@ -194,9 +235,10 @@ def simclr_dls(
     if not len(loaders[0]): raise ValueError(
         f"{len(source.train)} training images give no batch of {bs} beside the spares that "
         "skip_bad keeps for damaged ones: use a smaller batch, or leave out skip_bad")
-    if progress and source.found: print(source.found)
+    if progress: _tell(source, policy)
     return SimCLRDataLoaders(*loaders, policy=policy, classes=source.classes,
-                             info=_info(source, policy.size), device=device)
+                             info=_info(source, policy.size), groups=_groups(source),
+                             device=device)
 
 # %% ../nbs/images/09_data.ipynb #4bbaaa5c
 def clean_loader(

@@ -28,13 +28,16 @@ from .train.state import LossCallback, trained_with
 from .train.probes import KNNCallback, ProbeCallback, RepresentCallback, callback_metric
 from .train.checkpoint import CheckpointCallback
 from .train.verbs import CheckedLearner, check_loaders, check_metrics, class_names
-from .train.notices import NoticeCallback
+from .train.minutes import MinutesCallback, TimeBudget
+from .train.notices import NoticeCallback, chance_values
+from .train.groups import keep_groups_apart
 from simclr_nb.train.parts import (
     check_options,
     choose_encoder,
     choose_head,
     choose_loss,
     initial_parts,
+    place_model,
     policy_for,
     view_size,
 )
@@ -42,7 +45,6 @@ from .data import image_channels
 from .core.choices import check_choice
 from .core.gather import gather_views
 from .model.encoder import load_encoder as read_encoder, save_encoder as write_encoder
-from .model.inputs import memory_format_for, narrow_layers
 from .views.compiled import can_compile, compile_options, compiled_views
 from .model.head import Projection, SimCLR, save_head as write_head
 from .loss.contrastive import contrastive_accuracy
@@ -119,38 +121,44 @@ class SimCLRLearner(CheckedLearner):
 @patch
 def fit_schedule(
     self: SimCLRLearner,
-    epochs: int,  # Passes over the training images, >= 1
-    schedule: ScheduleCallback,  # Sets the learning rate of each step
+    epochs: int | None,  # Passes over the training images, >= 1; None: the schedule decides
+    schedule: ScheduleCallback | MinutesCallback,  # Sets the learning rate of each step
     cbs: list | None = None,  # More callbacks for this run
     checkpoints: str | Path | None = None,  # Folder to save the state of the run in
     resume: bool = False,  # Go on with the latest state in `checkpoints`, if there is one
 ) -> None:
     "Fit with a schedule, and with checkpoints in a folder; raises `ValueError`."
-    if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
-    if not 0 <= schedule.warmup_epochs <= epochs:
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if epochs is not None and not 0 <= schedule.warmup_epochs <= epochs:
         raise ValueError(f"warmup_epochs must be 0 to {epochs}, got {schedule.warmup_epochs}")
     if resume and checkpoints is None: raise ValueError("resume needs a folder: checkpoints")
     saving = [] if checkpoints is None else [CheckpointCallback(checkpoints, resume=resume)]
-    self.fit(epochs, lr=schedule.peak_lr, cbs=L(cbs) + schedule + L(saving))
+    self.fit(epochs or 1, lr=schedule.peak_lr, cbs=L(cbs) + schedule + L(saving))
 
 # %% ../nbs/train/06_learner.ipynb #423d6204
 @patch
 def pretrain(
     self: SimCLRLearner,
-    epochs: int,  # Passes over the training images
+    epochs: int | None = None,  # Passes over the training images; or give minutes
     lr: float | None = None,  # Base learning rate; 0.075 for "sqrt", 0.3 for "linear"
     scaling: str = "sqrt",  # How it grows with the batch size: "sqrt", "linear" or "none"
     warmup_epochs: float | None = None,  # Length of the warm-up; 10, at most a tenth of the run
     cbs: list | None = None,  # More callbacks for this run
     checkpoints: str | Path | None = None,  # Folder to save the state of the run in
     resume: bool = False,  # Go on with the latest state in `checkpoints`, if there is one
+    minutes: float | TimeBudget | None = None,  # Instead of epochs: as many as fit
 ) -> None:
     "Pretrain with warm-up and cosine decay; raises `ValueError` for impossible settings."
+    if (epochs is None) == (minutes is None): raise ValueError("give either epochs or minutes")
     if lr is None and scaling == "none": raise ValueError("scaling 'none' needs a value for lr")
     if lr is None: lr = BASE_LR.get(scaling, 0.0)
     peak_lr = scale_lr(lr, self.dls.train.bs * world_size(), scaling)
-    if warmup_epochs is None: warmup_epochs = min(10, epochs / 10)
-    self.fit_schedule(epochs, ScheduleCallback(peak_lr, warmup_epochs), cbs, checkpoints, resume)
+    if minutes is None:
+        if warmup_epochs is None: warmup_epochs = min(10, epochs / 10)
+        schedule = ScheduleCallback(peak_lr, warmup_epochs)
+    else: schedule = MinutesCallback(minutes, peak_lr, warmup_epochs)
+    self.fit_schedule(epochs, schedule, cbs, checkpoints, resume)
 
 # %% ../nbs/train/06_learner.ipynb #bb1a1784
 @patch
@@ -204,17 +212,6 @@ def _probes(dls: DataLoaders) -> tuple[list, list]:
     columns = [callback_metric(probe, "probe"), callback_metric(knn, "knn")]
     return [RepresentCallback(), probe, knn], columns
 
-# %% ../nbs/train/06_learner.ipynb #8d917e55
-def _place(model: nn.Module, device: torch.device | str | None) -> nn.Module:
-    "Move a model to the device, in the memory layout it is trained in; say which if it is unusual."
-    model = model.to(device)
-    layout = memory_format_for(model)
-    if layout == torch.contiguous_format and is_main():
-        layers = ", ".join(narrow_layers(model))
-        print(f"not channels last: strided 1x1 convolutions of few channels ({layers}) compute "
-              "wrong gradients on some CPUs in that layout")
-    return model.to(memory_format=layout)
-
 # %% ../nbs/train/06_learner.ipynb #f8147706
 def _compile(model: nn.Module, two_views: TwoViews, device: torch.device | str) -> TwoViews:
     "Compile the encoder in place, and give compiled views, where the device can."
@@ -241,7 +238,7 @@ def contrastive_learner(
     "Learner of any contrastive method: its parts wired together; raises `ValueError`."
     check_loaders(dls)
     check_metrics(metrics)
-    model = _place(model, dls.device)
+    model = place_model(model, dls.device)
     if compiled: two_views = _compile(model, two_views, dls.device)
     callbacks, columns = _probes(dls)
     callbacks += [ViewsCallback(two_views), LossCallback(), FiniteLossCallback(), NoticeCallback()]
@@ -260,10 +257,10 @@ def simclr_learner(
     temperature: float = 0.5,  # Of the loss; the paper: 0.1 on ImageNet, 0.5 on CIFAR-10
     stem: str = "auto",  # "cifar" (3x3, no pooling), "imagenet", or by the size of the views
     zero_init_last: bool = True,  # Residual blocks start as the identity, as officially
-    policy: Policy | None = None,  # Augmentation; that of `dls` by default
-    second_policy: Policy | None = None,  # That of second views; the same by default
-    shared: Policy | None = None,  # Operators drawn once for both views, before either (Figure 5)
-    loss: str | nn.Module = "nt_xent",  # A name of `LOSSES`, or a module
+    policy: Policy | Callable | None = None,  # Augmentation or transform; that of `dls` by default
+    second_policy: Policy | Callable | None = None,  # That of second views; the same by default
+    shared: Policy | Callable | None = None,  # Drawn once for both views, before either (Figure 5)
+    loss: str | nn.Module | Callable = "nt_xent",  # A name of `LOSSES`, module, or function of z
     similarity: str = "cosine",  # "cosine", or "dot": z is not normalised (Table 5)
     init: str | Path | None = None,  # Weights to begin with, of any source; they decide `arch`
     optimizer: str = "lars",  # A name of `OPTIMIZERS`
@@ -272,6 +269,7 @@ def simclr_learner(
     out_dim: int = 128,  # Width of the projection z
     hidden_layers: int = 1,  # Hidden layers of the projection head; 0: linear
     batch_norm: bool = False,  # BatchNorm in the head, as in the official code
+    groups: bool = False,  # Images of one group of a table are no negatives of each other
     **kwargs,  # Options of `contrastive_learner`, and of fastai's `Learner`: `path`, `wd`, ...
 ) -> SimCLRLearner:  # Ready for `pretrain`
     "Learner that pretrains by SimCLR (Algorithm 1); raises `ValueError` for bad names and values."
@@ -279,6 +277,7 @@ def simclr_learner(
     check_choice("optimizer", optimizer, OPTIMIZERS)
     join_processes()
     policy = policy_for(dls, policy)
+    if second_policy is not None: second_policy = policy_for(dls, second_policy)
     two_views = TwoViews(policy, second_policy, shared)
     size = view_size(dls, two_views)
     if init is not None: arch, head = initial_parts(init, arch, head)
@@ -287,7 +286,9 @@ def simclr_learner(
     head = choose_head(head, encoder.out_dim, out_dim=out_dim, hidden_layers=hidden_layers,
                  batch_norm=batch_norm)
     create = partial(create_optimizer, optimizer, weight_decay=weight_decay)
-    parts = SimCLR(encoder, head), choose_loss(loss, temperature, similarity), two_views, create
+    loss = choose_loss(loss, temperature, similarity)
+    if groups: loss, kwargs["cbs"] = keep_groups_apart(dls, loss, kwargs.get("cbs"))
+    parts = SimCLR(encoder, head), loss, two_views, create
     return contrastive_learner(dls, *parts, **kwargs)
 
 # %% ../nbs/train/06_learner.ipynb #8f4b0aad
@@ -312,9 +313,7 @@ def history(self: SimCLRLearner) -> dict[str, list[float]]:
 @patch
 def plot_history(self: SimCLRLearner) -> Figure:
     "Curves of the last fit; dashed: what guessing gives."
-    chance = {"contrastive top-1": 1 / self.dls.valid.bs}
-    if hasattr(self, "probe"): chance["accuracy"] = 1 / self.probe.n_classes
-    return plot_columns(self.history(), self.curves, chance)
+    return plot_columns(self.history(), self.curves, chance_values(self))
 
 # %% ../nbs/train/06_learner.ipynb #6bd5ce97
 @patch

@@ -109,6 +109,16 @@ def test_photos_are_ahead_of_lightly():
     assert card["settings"]["size"] == 224 and card["ratios"]["ours"] >= 1.5
 
 
+def test_embedding_is_ahead_of_lightlys_command():
+    card = read("embed")
+    assert idle(card), "a busy machine"
+    speeds = card["speeds"]
+    for name, ratio in card["ratios"].items():
+        assert ratio == round(speeds[name]["median"] / speeds["command"]["median"], 2)
+    assert card["settings"]["images"] == 20_000 and card["largest_difference"] < 1e-4
+    assert card["ratios"]["csv"] >= 1.5 and card["ratios"]["npy"] >= 1.5
+
+
 LOSSES = {"ours", "dense", "in_place", "lightly", "pytorch_metric_learning"}
 
 

@@ -19,6 +19,8 @@ from fastai.callback.core import Callback
 from PIL import Image
 from torch import Generator, nn
 
+import gpu_steps
+from gpu_steps import METHODS, STEPS, WAITING, StepLosses, losses_of, train, within_steps
 from simclr_nb.core.gather import gather_rows, gather_views
 from simclr_nb.data import simclr_dls
 from simclr_nb.evaluate.features import encoder_features
@@ -30,7 +32,6 @@ from simclr_nb.learner import simclr_learner
 from simclr_nb.loss.alternatives import LOSSES, ContrastiveLoss
 from simclr_nb.loss.amdim import AMDIMLoss
 from simclr_nb.loss.tiled import NTXent
-from simclr_nb.methods.amdim import amdim_learner
 from simclr_nb.model.amdim import AMDIM
 from simclr_nb.model.encoder import create_encoder, load_encoder
 from simclr_nb.model.head import Projection, SimCLR, projection_head
@@ -46,7 +47,6 @@ DEVICE = os.environ.get("SIMCLR_NB_GPU", "cuda")  # "cpu" to try this file, whic
 needs_gpu = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 pytestmark = [pytest.mark.gpu, needs_gpu]
-METHODS = dict(simclr=simclr_learner, amdim=amdim_learner)
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,6 @@ def test_amdim_loss(sampled):
 # views
 
 STEPPED = "broad", "autoaugment", "randaugment"  # they count or round levels: rounding turns some over
-WAITING = "autoaugment", "randaugment"  # torchvision's operators, image by image
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -249,46 +248,20 @@ def test_memory_of_micro_batches():
 
 # learners
 
-def digits(**kwargs):
-    return simclr_dls("digits", **dict(bs=64, n_train=320, n_valid=128, size=32, seed=0, device=DEVICE,
-                                       policy="cifar", progress=False) | kwargs)
-
-
-def train(device: str, method: str = "simclr", epochs: int = 1, cbs=None, **kwargs):
-    "A learner after a run that is the same on every device but for rounding."
-    torch.manual_seed(0)
-    options = dict(width=0.25) if method == "simclr" else dict(arch="amdim/16-64-1", sampled=False)
-    learn = METHODS[method](digits(device=device), **options | kwargs)
-    with learn.no_bar(), learn.no_logging(): learn.pretrain(epochs, cbs=cbs)
-    return learn
-
-
-class StepLosses(Callback):
-    "The loss of each step, and whether gradients were scaled. fastai's recorder has means of them."
-    def before_fit(self): self.values, self.is_scaled = [], False
-    def after_loss(self):
-        if self.training: self.values.append(self.learn.loss.detach().float())
-    def after_batch(self):
-        self.is_scaled |= getattr(self.learn, "scaler", None) is not None and self.scaler.is_enabled()
-
-
-def losses_of(*args, **kwargs) -> torch.Tensor:
-    "Of the steps of a run."
-    notes = StepLosses()
-    train(*args, cbs=[notes], **kwargs)
-    return torch.stack(notes.values)
+def digits(device: str | None = DEVICE): return gpu_steps.digits(device)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_epoch(method):
     "The losses of an epoch in float32 are those of a CPU."
-    losses = [losses_of(device, method, precision="fp32") for device in ("cpu", DEVICE)]
+    options = dict(splits=1) if method.startswith("moco") else {}  # groups are drawn on the device
+    losses = [losses_of(device, method, precision="fp32", **options) for device in ("cpu", DEVICE)]
     print(losses)
     assert len(losses[0]) == 5 and error(losses[1], losses[0]) < 1e-3
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["simclr", "amdim"])
 def test_precisions(method, precision):
     "Losses in 16 bits are those of float32 to 2%; fp16 skips steps until its scale fits."
     whole, notes = losses_of(DEVICE, method, precision="fp32"), StepLosses()
@@ -309,29 +282,17 @@ def test_auto_is_bf16_and_images_stay_there():
     assert learn.dls.train.one_batch()[0].is_cuda
 
 
-class NoWait(Callback):
-    "Between the batch and the next, waiting for the device is an error, once all is warm."
-    order = -200
-
-    def set(self, mode):
-        if DEVICE == "cuda": torch.cuda.set_sync_debug_mode(mode)
-    def before_batch(self): self.set("error" if self.training and self.iter > 1 else "default")
-    def after_batch(self): self.set("default")
-    def after_cancel_fit(self): self.set("default")
+def waiting(mode: str) -> None:
+    "What happens when the processor waits for the device: \"error\", or nothing."
+    if DEVICE == "cuda": torch.cuda.set_sync_debug_mode(mode)
 
 
-NO_WAIT = [("simclr", {}), ("amdim", {}), ("simclr", dict(precision="bf16")),
-           ("simclr", dict(micro_batch=16)), ("simclr", dict(compiled=True)),
-           ("amdim", dict(precision="bf16")), ("amdim", dict(micro_batch=16)),
-           *(("simclr", dict(optimizer=name)) for name in OPTIMIZERS if name != "lars"),
-           *(("simclr", dict(loss=name)) for name in LOSSES if name != "nt_xent")]
-
-
-@pytest.mark.parametrize("method, options", NO_WAIT, ids=str)
+@pytest.mark.parametrize("method, options", [*STEPS, ("simclr", dict(compiled=True))], ids=str)
 def test_no_hidden_wait(method, options):
-    "A step waits for the device only where losses are read, every 50 steps."
-    try: train(DEVICE, method, cbs=[NoWait()], **dict(precision="fp32") | options)
-    finally: NoWait().set("default")
+    "A step waits for the device only where losses are read, every 50 steps; probes are in it."
+    cbs = within_steps(lambda: waiting("error"), lambda: waiting("default"))
+    try: train(DEVICE, method, cbs=cbs, **dict(precision="fp32") | options)
+    finally: waiting("default")
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name not in WAITING])
@@ -342,9 +303,9 @@ def test_no_hidden_wait_of_views(name):
     views(x)
     wait()
     try:
-        NoWait().set("error")
+        waiting("error")
         views(x)
-    finally: NoWait().set("default")
+    finally: waiting("default")
 
 
 class Stop(Callback):

@@ -12,6 +12,7 @@ from simclr_nb.cli import evaluate, pretrain
 from simclr_nb.core import show
 from simclr_nb.evaluate.result import Result, accuracy_result
 from simclr_nb.model.encoder import create_encoder, save_encoder
+from simclr_nb.run.live import REFRESH
 from simclr_nb.run import report
 from simclr_nb.run.report import report_html
 from simclr_nb.transfer.table import transfer_table
@@ -92,9 +93,11 @@ def test_results_are_written_before_figures(tmp_path, monkeypatch):
     options = [str(data), *TINY, "--out", str(tmp_path / "run")]
     assert pretrain(options) == 130
     assert (tmp_path / "run/results.json").stat().st_size > 100
-    assert not (tmp_path / "run/report.html").exists()
+    page = tmp_path / "run/report.html"
+    assert REFRESH in page.read_text()  # still the page of a run that goes on
     monkeypatch.undo()
     assert pretrain([*options, "--resume"]) == 0
+    assert REFRESH not in page.read_text()
     assert (tmp_path / "run/report.html").is_file()
 
 

@@ -179,7 +179,7 @@ def test_option_whose_value_is_two_dashes(refused, option):
 def test_fault_of_the_program(command, monkeypatch, tmp_path):
     "Its traceback is in a file that the line names."
     def fail(config): return {}["no such key"]
-    monkeypatch.setattr(cli, "run_plan", fail)
+    monkeypatch.setattr(cli, "plan_method", fail)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code, out, err = command(plan)
     assert (code, out, err.count("\n")) == (1, "", 1)
@@ -189,7 +189,7 @@ def test_fault_of_the_program(command, monkeypatch, tmp_path):
 
 
 def test_fault_without_room_for_its_traceback(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "run_plan", lambda config: [][1])
+    monkeypatch.setattr(cli, "plan_method", lambda config: [][1])
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     code, _, err = command(plan)
     assert (code, err.count("\n")) == (1, 1) and "no room to write the traceback" in err

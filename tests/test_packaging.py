@@ -372,7 +372,7 @@ def test_built_distributions(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
-    modules = {name(p) for p in PACKAGE.rglob("*") if p.suffix in (".py", ".json", ".js", ".css")}
+    modules = {name(p) for p in PACKAGE.rglob("*") if p.suffix in (".py", ".json", ".js", ".css", ".html")}
     with zipfile.ZipFile(wheel) as z: inside = set(z.namelist())
     assert {n for n in inside if ".dist-info/" not in n} == modules
     assert any(n.endswith("licenses/LICENSE") for n in inside)

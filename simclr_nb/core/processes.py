@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIMEOUT', 'world_size', 'rank', 'is_main', 'join_processes', 'leave_processes', 'from_main', 'all_objects',
-           'any_rank', 'shard_rows', 'kept_memory', 'launch', 'check_worker_folder']
+           'any_rank', 'shard_rows', 'kept_memory', 'launch', 'check_worker_folder', 'peak_memory_mib', 'process_age']
 
 # %% ../../nbs/core/02_processes.ipynb #cec27117
 import atexit
@@ -12,6 +12,8 @@ import ctypes
 import gc
 import logging
 import os
+import platform
+import resource
 import signal
 import sys
 import tempfile
@@ -196,3 +198,17 @@ def check_worker_folder() -> None:
         raise ValueError(f"the temporary folder {folder!r} is too long a name for data workers "
                          f"(at most {longest} bytes): set TMPDIR to a shorter one, or "
                          "take 0 workers")
+
+# %% ../../nbs/core/02_processes.ipynb #d292ad33
+def peak_memory_mib() -> int:
+    "Most memory that this process has held, of its GPU or else of the machine, in MiB."
+    if torch.cuda.is_available(): return round(torch.cuda.max_memory_allocated() / 2**20)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+
+# %% ../../nbs/core/02_processes.ipynb #8fff1b27
+def process_age() -> float:
+    "Seconds since this process was started."
+    from psutil import Process  # accelerate needs it too
+
+    return time.time() - Process().create_time()

@@ -154,7 +154,8 @@ def _minimize(problem: _Problem, l2: Tensor, tol: float, max_iter: int) -> tuple
     for step in range(max_iter + 1):
         w[rows] = left.w
         steps[rows.cpu()] = step
-        not_yet = (left.g.abs().amax((1, 2)) / len(problem.x) > tol).nonzero()[:, 0]
+        size = left.g.abs().amax((1, 2)) / len(problem.x)
+        not_yet = (~(size <= tol)).nonzero()[:, 0]  # NaN is not small
         if not len(not_yet) or step == max_iter: break
         if len(not_yet) < len(rows):
             rows = rows[not_yet]

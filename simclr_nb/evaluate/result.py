@@ -9,7 +9,6 @@ __all__ = ['CARD', 'Result', 'load_result', 'accuracy_result', 'mean_result', 's
 import json
 import math
 import platform
-import resource
 from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from fastcore.basics import patch
 from scipy.stats import t
 from torch import Tensor
 
+from ..core.processes import peak_memory_mib
 from ..core.store import parse_json, write_atomic
 from ..measure.intervals import wilson_interval
 
@@ -231,14 +231,10 @@ def environment() -> dict:  # `software`, `python`, `hardware`, `peak_memory_mib
     packages = ("torch", "torchvision", "fastai", "scikit-learn", "simclr_nb")
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-        unit = 1 if platform.system() == "Darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    else: device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     software = {name: _version(name) for name in packages}
     return dict(software=software, python=platform.python_version(), hardware=device,
-                peak_memory_mib=round(peak / 2**20))
+                peak_memory_mib=peak_memory_mib())
 
 # %% ../../nbs/evaluate/01_result.ipynb #709a9ac1
 def _version(package: str) -> str:

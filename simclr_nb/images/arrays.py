@@ -46,6 +46,9 @@ class ImageArrays:
     # Files that the images were read from, where there are any
     paths: Sequence[Path] | None = field(default=None, repr=False, compare=False)
 
+    # Number of each image in the array that was given, where they were dealt
+    rows: np.ndarray | None = field(default=None, repr=False, compare=False)
+
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.images[i], self.labels[i]
     def new_empty(self) -> "ImageArrays": return ImageArrays(self.images[:0], self.labels[:0])

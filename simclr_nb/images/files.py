@@ -24,6 +24,7 @@ from .bands import read_channels
 from .epochs import EpochLoader
 from .pixels import PixelRules, open_image
 from ..views.crop import RandomResizedCrop, crop_resize
+from ..views.given import GivenCrop
 
 # %% ../../nbs/images/05_files.ipynb #34283d66
 _ORIENTATION = 0x0112  # EXIF tag; 1: as stored, 2 to 8: mirrored, turned, or both
@@ -193,6 +194,7 @@ class ImageFiles:
 
     def __getitem__(self, i):
         pixels = read_pixels(self.paths[i], self.rules)
+        if isinstance(self.crop, GivenCrop): return self.crop.views(pixels), self.labels[i]
         boxes, flips = self.crop.draw(2, *pixels.shape[1:])
         pair = zip(boxes.tolist(), flips, strict=True)
         return torch.stack([_cropped(pixels, *drawn, self.crop) for drawn in pair]), self.labels[i]

@@ -179,7 +179,7 @@ def array_source(
     items = Items(np.array(numbers, np.int32), classes).deal()
     source = hold_out_items(name, items, classes, valid_share)
     label = torch.tensor(numbers)
-    train, valid = (ImageArrays(pixels[part.rows], label[part.rows])
+    train, valid = (ImageArrays(pixels[part.rows], label[part.rows], rows=part.rows)
                     for part in (source.train, source.valid))
     source = replace(source, train=train, valid=valid)
     return described(source, count_classes(source, " of its labels"))

@@ -52,17 +52,23 @@ class Source:
     found: str = ""  # What was understood of a folder or of shards, in one line
     policy: str = "auto"  # Name of the policy that suits the images
     rules: PixelRules = PixelRules()  # How files are read, as `check` found
+    groups: dict[Path, int] = field(default_factory=dict)  # Group of each file of a table; -1: none
 
     @property
     def in_memory(self) -> bool:
         "Whether the images are decoded and lie in memory."
         return isinstance(self.train, ImageArrays)
 
-    def labels(self, paths: Sequence[Path]) -> list[int]:
-        "Label of each file, in a plain list by the name of its folder; -1 without labels."
-        if isinstance(paths, Items): return paths.labels(self.classes).tolist()
-        index = {name: i for i, name in enumerate(self.classes)}
-        return [index.get(path.parent.name, -1) for path in paths]
+# %% ../../nbs/images/06_source.ipynb #651f1088
+@patch
+def labels(
+    self: Source,
+    paths: Sequence[Path],  # Files of one of its sets
+) -> list[int]:  # In order; -1: none
+    "Label of each file, in a plain list by the name of its folder; -1 without labels."
+    if isinstance(paths, Items): return paths.labels(self.classes).tolist()
+    index = {name: i for i, name in enumerate(self.classes)}
+    return [index.get(path.parent.name, -1) for path in paths]
 
 # %% ../../nbs/images/06_source.ipynb #846aedb2
 def hold_out_items(
@@ -153,6 +159,17 @@ def is_built_in(
     "Whether this names a built-in data set, and no folder of images or shards of that name."
     return str(data) in NAMED_SOURCES and not (has_images(data) or is_shards(data))
 
+# %% ../../nbs/images/06_source.ipynb #944ff7aa
+def _whole_groups(groups: list[int], n: int) -> np.ndarray:
+    "Which rows to hold out: groups from the first row on, until they have `n` rows or more."
+    numbers = np.array(groups)
+    is_held = np.zeros(len(numbers), bool)
+    for row, group in enumerate(groups):
+        if is_held.sum() >= n: break
+        is_held |= numbers == group if group >= 0 else np.arange(len(numbers)) == row
+    if is_held.all(): raise ValueError("all images are of one group: none can be held out whole")
+    return is_held
+
 # %% ../../nbs/images/06_source.ipynb #6c36a9be
 @patch
 def hold_out(
@@ -170,7 +187,9 @@ def hold_out(
         train, valid = (ImageArrays(*self.train[some]) for some in rows)
     else:
         dealt = self.train.deal()
-        train, valid = dealt[n:], dealt[:n]
+        is_held = np.arange(len(dealt)) < n
+        if self.groups: is_held = _whole_groups([self.groups[path] for path in dealt], n)
+        train, valid = dealt[~is_held], dealt[is_held]
     return replace(self, train=train, valid=valid, split=split, found=found)
 
 # %% ../../nbs/images/06_source.ipynb #bc79d650
@@ -236,6 +255,7 @@ class FileList(Items):
     ):
         super().__init__(np.array(labels, np.int32), classes)
         self.files = files
+        self.given = np.arange(len(files))  # place of each in the list that it comes from
 
     def item(self, row: int) -> Path: return self.files[row]
 
@@ -315,5 +335,6 @@ def with_channels(
     if channels != 1 or not is_gray:
         raise ValueError(f"images in memory have {self.channels} channels, and channels is "
                          f"{channels}: give arrays of that many")
-    train, valid = (ImageArrays(s.images[:, :1].contiguous(), s.labels) for s in sets)
+    train, valid = (ImageArrays(s.images[:, :1].contiguous(), s.labels, paths=s.paths)
+                    for s in sets)
     return replace(self, train=train, valid=valid)

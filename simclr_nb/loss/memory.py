@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bank_logits', 'bank_logsumexp', 'bank_cross_entropy', 'nce_loss', 'nce_normalizer', 'MemoryBank', 'KeyQueue',
-           'MemoryLoss']
+           'MemoryLoss', 'BankLoss']
 
 # %% ../../nbs/loss/05_memory.ipynb #2d2ea500
 import math
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.choices import check_choice
 from ..core.gather import gather_rows, sum_over_ranks
-from .projections import check_temperature, unit_vectors, widen
+from .projections import check_temperature, full_precision, unit_vectors, widen
 from ..model.head import Projection
 
 # %% ../../nbs/loss/05_memory.ipynb #e42af5a5
@@ -65,7 +65,7 @@ def _in_tiles(
     check_temperature(temperature)
     v = widen(v)
     options = dict(use_reentrant=False, preserve_rng_state=False)
-    with torch.autocast(v.device.type, enabled=False):
+    with full_precision(v):
         parts = [checkpoint(part, v, c, **options) for c in _columns(v, bank, index, tile)]
     return torch.stack(parts, 1)
 
@@ -132,6 +132,7 @@ class MemoryBank(nn.Module):
     "One vector for every training image; raises `ValueError` for sizes out of range."
 
     images: Tensor | None = None  # Numbers of the images of this batch, `(B,)`; set before a step
+    is_estimated = False  # Whether Z is known to be set, so that no step has to look
 
     def __init__(
         self,
@@ -145,6 +146,10 @@ class MemoryBank(nn.Module):
         self.momentum = momentum
         self.register_buffer("rows", (2 * torch.rand(n, dim) - 1) / math.sqrt(dim / 3))
         self.register_buffer("normalizer", torch.zeros(()))  # Z of NCE; 0: not estimated yet
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self.is_estimated = False
 
     def extra_repr(self) -> str:
         n, dim = self.rows.shape
@@ -177,6 +182,23 @@ def draw(
     drawn = torch.randint(len(self.rows), shape, device=images.device, generator=generator)
     return torch.cat([images[:, None], drawn], 1)
 
+# %% ../../nbs/loss/05_memory.ipynb #1e95b6bb
+@patch
+def estimate(
+    self: MemoryBank,
+    v: Tensor,  # Unit vectors of this process's images, `(B, D)`
+    index: Tensor,  # From `draw`
+    temperature: float,  # Divides the dot products, > 0
+    tile: int | None = None,  # Numbers held at a time; None: 2**20 on a CPU, else 2**24
+) -> None:
+    "Set Z by a batch, the mean of all processes, unless it is set; raises `ValueError`."
+    if self.is_estimated: return
+    if self.normalizer == 0:
+        z = nce_normalizer(v, self.rows, index, temperature, tile)
+        ranks = sum_over_ranks(torch.ones_like(z))
+        self.normalizer.copy_(sum_over_ranks(z) / ranks)
+    self.is_estimated = True
+
 # %% ../../nbs/loss/05_memory.ipynb #b49fb29c
 @patch
 def losses(
@@ -193,10 +215,7 @@ def losses(
     check_choice("kind of bank loss", kind, ("softmax", "nce"))
     if kind == "softmax": return bank_cross_entropy(v, self.rows, images, temperature, index, tile)
     if index is None: raise ValueError("nce needs negatives: give an index (MemoryBank.draw)")
-    if self.normalizer == 0:
-        z = nce_normalizer(v, self.rows, index, temperature, tile)
-        ranks = sum_over_ranks(torch.ones_like(z))
-        self.normalizer.copy_(sum_over_ranks(z) / ranks)
+    self.estimate(v, index, temperature, tile)
     return nce_loss(v, self.rows, index, temperature, self.normalizer, eps, tile)
 
 # %% ../../nbs/loss/05_memory.ipynb #99596921
@@ -263,3 +282,27 @@ class MemoryLoss(nn.Module):
         "Mean loss of this process's images."
         if self.needs_images and not self.training: return widen(out.z).sum() * math.nan
         return self.losses(out).mean()
+
+# %% ../../nbs/loss/05_memory.ipynb #e4f77a42
+class BankLoss(MemoryLoss):
+    "Base of losses over memory banks; raises `ValueError` for numbers out of range."
+
+    def __init__(
+        self,
+        memory: nn.Module,  # Bank or banks of the model
+        temperature: float = 0.07,  # Of the scores, > 0
+        negatives: int | None = None,  # Random rows for each image, K; None: all, exactly
+        kind: str | None = None,  # "nce" or "softmax"; NCE by default if there are negatives
+    ):
+        super().__init__(memory)
+        check_temperature(temperature)
+        kind = kind or ("softmax" if negatives is None else "nce")
+        check_choice("kind of bank loss", kind, ("nce", "softmax"))
+        is_bad = kind == "nce" if negatives is None else negatives < 1
+        if is_bad: raise ValueError(f"negatives of {kind} must be at least 1, got {negatives}")
+        self.temperature = temperature
+        self.negatives = negatives
+        self.kind = kind
+
+    def extra_repr(self) -> str:
+        return f"temperature {self.temperature:g}, negatives {self.negatives or 'all'}, {self.kind}"

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.choices import check_choice
-from .contrastive import contrastive_logits, nt_xent
+from .contrastive import contrastive_logits, is_kin, nt_xent, view_groups
 from simclr_nb.loss.projections import (
     NotFiniteError,
     check_temperature,
@@ -51,6 +51,7 @@ def _tile_logits(
     rows: slice,  # Of the tile
     columns: slice,  # Of the tile
     buffers: Tensor,  # Two tiles, `(2, tile**2)`
+    kin: Tensor | None = None,  # From `view_groups`, `(2, K)`; None: no groups
 ) -> tuple[Tensor, Tensor]:  # Logits in bits, and a spare tile of the same shape
     "One tile, written to the first buffer; a view is no candidate for itself."
     a = v[rows]
@@ -58,6 +59,7 @@ def _tile_logits(
     logits, spare = (buffer[: len(a) * len(b)].view(len(a), len(b)) for buffer in buffers)
     torch.mm(a, b.T, out=logits)
     if rows == columns: logits.fill_diagonal_(-math.inf)
+    if kin is not None: logits.masked_fill_(is_kin(kin[:, rows], kin[:, columns]), -math.inf)
     return logits, spare
 
 # %% ../../nbs/loss/02_tiled.ipynb #e4dfabd4
@@ -95,6 +97,7 @@ def _row_sums(
     partner: Tensor,  # Row of each anchor's positive, `(M,)`
     tile: int,  # Rows and columns of a tile
     narrow: bool,  # Whether all logits are narrow
+    kin: Tensor | None = None,  # From `view_groups`, `(2, K)`
 ) -> tuple[Tensor, Tensor, Tensor]:  # Maximum, sum relative to it, positive in bits; `(M,)`
     "What the loss needs of each row of the matrix, tile by tile."
     m = len(partner)
@@ -102,7 +105,7 @@ def _row_sums(
     top = v.new_full((m,), 0 if narrow else torch.finfo(v.dtype).min)
     total, positive = v.new_zeros(2, m)
     for rows, columns in _tiles(m, len(v), tile):
-        logits, spare = _tile_logits(v, rows, columns, buffers)
+        logits, spare = _tile_logits(v, rows, columns, buffers, kin)
         roles = _roles(rows, columns, m)
         for anchors, candidates, dim in roles:
             _pick_positives(positive[anchors], partner[anchors] - candidates.start, logits, dim)
@@ -134,6 +137,7 @@ def _gradient(
     partner: Tensor,  # Row of each anchor's positive, `(M,)`
     top: Tensor,  # Maximum of each anchor's row, `(M,)`
     total: Tensor,  # Sum relative to it, `(M,)`
+    kin: Tensor | None,  # From `view_groups`, `(2, K)`
     tile: int,  # Rows and columns of a tile
     narrow: bool,  # Whether all logits are narrow
 ) -> Tensor:  # Gradient of the vectors, `(K, D)`
@@ -146,7 +150,7 @@ def _gradient(
     weight = F.pad(w / total, (0, len(v) - m))
     top = F.pad(top, (0, len(v) - m), value=math.inf)
     for rows, columns in _tiles(m, len(v), tile):
-        logits, spare = _tile_logits(v, rows, columns, buffers)
+        logits, spare = _tile_logits(v, rows, columns, buffers, kin)
         row, column = ((weight[part], top[part]) for part in (rows, columns))
         weights = _tile_weights(logits, spare, row, column, narrow)
         grad[rows].addmm_(weights, v[columns])
@@ -158,9 +162,9 @@ class _TiledLoss(torch.autograd.Function):
     "NT-Xent in bits of the first M of K vectors, whose products are logits in bits."
 
     @staticmethod
-    def forward(ctx, v, partner, tile, narrow):
-        top, total, positive = _row_sums(v, partner, tile, narrow)
-        ctx.save_for_backward(v, partner, top, total)
+    def forward(ctx, v, partner, tile, narrow, kin):
+        top, total, positive = _row_sums(v, partner, tile, narrow, kin)
+        ctx.save_for_backward(v, partner, top, total, kin)
         ctx.tile = tile
         ctx.narrow = narrow
         return top - positive + total.log2()
@@ -169,7 +173,7 @@ class _TiledLoss(torch.autograd.Function):
     def backward(ctx, w):
         if torch.is_grad_enabled():  # create_graph=True: what follows would count as constant
             raise RuntimeError("tiled NT-Xent has no second derivative: use nt_xent")
-        return _gradient(w, *ctx.saved_tensors, ctx.tile, ctx.narrow), None, None, None
+        return _gradient(w, *ctx.saved_tensors, ctx.tile, ctx.narrow), None, None, None, None
 
 # %% ../../nbs/loss/02_tiled.ipynb #0e24b08c
 def _tile_size(
@@ -203,6 +207,7 @@ def tiled_nt_xent(
     reduction: str = "mean",  # "mean" over the anchors, or "none"
     anchors: Tensor | None = None,  # Distinct rows used as anchors, `(M,)` int64; None: all
     tile: int | None = None,  # Rows and columns held at a time; None: 896 on a CPU, else 4096
+    groups: Tensor | None = None,  # Images of one group are no negatives, `(N,)` int64; -1: alone
 ) -> Tensor:  # Loss in nats, scalar, or `(M,)` with `reduction="none"`; float32 or wider
     "`nt_xent` in memory that grows with N, not N²; raises `ValueError` or `TypeError`."
     check_choice("reduction", reduction, ("mean", "none"))
@@ -211,11 +216,13 @@ def tiled_nt_xent(
         tile = _tile_size(tile, z)
         partner = torch.arange(len(v), device=v.device).roll(len(v) // 2)
         widest = math.log2(math.e) / temperature if normalize else v.detach().square().sum(1).max()
+        kin = None if groups is None else view_groups(groups, len(v) // 2)
         if anchors is not None:
             order = _anchors_first(anchors, len(v))
             partner = order.argsort()[partner[anchors]]
             v = v[order]
-        loss = _TiledLoss.apply(v, partner, tile, bool(widest <= _NARROW)) * math.log(2)
+            if kin is not None: kin = kin[:, order]
+        loss = _TiledLoss.apply(v, partner, tile, bool(widest <= _NARROW), kin) * math.log(2)
     return loss.mean() if reduction == "mean" else loss
 
 # %% ../../nbs/loss/02_tiled.ipynb #1351869a
@@ -225,11 +232,12 @@ def anchor_losses(
     normalize: bool = True,  # Compare by cosine similarity; False: by dot product
     anchors: Tensor | None = None,  # Distinct rows used as anchors, `(M,)` int64; None: all
     tiled: bool | None = None,  # Never hold the whole matrix; None: from 514 views on
+    groups: Tensor | None = None,  # Images of one group are no negatives, `(N,)` int64; -1: alone
 ) -> Tensor:  # Losses in nats, `(M,)`, float32 or wider
     "NT-Xent of each anchor, dense or tiled by size; raises `ValueError` or `TypeError`."
     if len(z) > 512 if tiled is None else tiled:
-        return tiled_nt_xent(z, temperature, normalize, "none", anchors)
-    logits, positive = contrastive_logits(z, temperature, normalize)
+        return tiled_nt_xent(z, temperature, normalize, "none", anchors, None, groups)
+    logits, positive = contrastive_logits(z, temperature, normalize, groups=groups)
     if anchors is not None:
         logits = logits[anchors]
         positive = positive[anchors]

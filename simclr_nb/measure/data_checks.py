@@ -74,7 +74,8 @@ def color_shortcut(
         images = images.train.one_batch()[0].as_subclass(Tensor)
     if policy is None: raise TypeError("images in a tensor need a policy to make views of them")
     if len(images) < 2: raise ValueError(f"expected at least 2 images, got {len(images)}")
-    crop_alone = Policy("crop", [policy.crop] if policy.crop else [])
+    crop = policy.geometry().crop
+    crop_alone = Policy("crop", [crop] if crop else [])
     answers = {}
     for name, each in {"crop alone": crop_alone, "policy": policy}.items():
         matched = _matched_by_histogram(TwoViews(each)(images, generator).cpu(), bins)

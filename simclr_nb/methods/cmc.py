@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..core.processes import join_processes
 from ..data import image_channels
 from ..learner import CURVES, contrastive_learner, contrastive_top1
-from ..loss.memory import MemoryBank, MemoryLoss
-from ..loss.projections import check_temperature, unit_vectors
+from ..loss.memory import BankLoss, MemoryBank
+from ..loss.projections import unit_vectors
 from .remembering import MemoryLearner, decay_all, memory_learner, plain_sgd
 from ..model.encoder import create_encoder
 from ..model.head import Projection, projection_head
@@ -67,23 +67,8 @@ class CMC(nn.Module):
             memory.update(memory.images, v)
 
 # %% ../../nbs/methods/05_cmc.ipynb #5d636458
-class CMCLoss(MemoryLoss):
+class CMCLoss(BankLoss):
     "CMC's loss: each view against the memory of the other; raises `ValueError` for bad numbers."
-
-    def __init__(
-        self,
-        memories: nn.ModuleList,  # Banks of lightness and of colours, of the model
-        temperature: float = 0.07,  # Of the scores, > 0
-        negatives: int | None = None,  # Random rows for NCE, K; None: all rows, exactly
-        kind: str | None = None,  # "nce" or "softmax" over the random rows; NCE by default
-    ):
-        super().__init__(memories)
-        check_temperature(temperature)
-        if negatives is not None and negatives < 1:
-            raise ValueError(f"negatives must be at least 1, got {negatives}")
-        self.temperature = temperature
-        self.negatives = negatives
-        self.kind = kind or ("softmax" if negatives is None else "nce")
 
     def losses(
         self,
@@ -97,9 +82,6 @@ class CMCLoss(MemoryLoss):
         if self.negatives and index is None: index = of_light.draw(images, self.negatives)
         settings = images, self.temperature, index, self.kind
         return of_color.losses(light, *settings) + of_light.losses(color, *settings)
-
-    def extra_repr(self) -> str:
-        return f"temperature {self.temperature:g}, negatives {self.negatives or 'all'}, {self.kind}"
 
 # %% ../../nbs/methods/05_cmc.ipynb #a091e415
 def cmc_top1(

@@ -21,7 +21,7 @@ from ..core.gather import gather_rows
 from ..core.processes import join_processes, rank
 from ..data import image_channels
 from ..learner import CURVES, SimCLRLearner, contrastive_learner
-from ..loss.projections import widen
+from ..loss.projections import full_precision, widen
 from ..model.encoder import create_encoder
 from ..model.head import Projection
 from ..model.patches import PatchEncoder
@@ -127,7 +127,7 @@ def prediction_logits(
     labels = places[first:first + len(predictions), ahead + 1:].flatten()
     sources = predictions[:, :, :rows - ahead - 1].permute(0, 2, 3, 1).flatten(0, 2)
     candidates = targets.permute(0, 2, 3, 1).flatten(0, 2)
-    with torch.autocast(targets.device.type, enabled=False):
+    with full_precision(targets):
         return scale * widen(sources) @ widen(candidates).T, labels
 
 # %% ../../nbs/methods/06_cpc.ipynb #e7c45c32

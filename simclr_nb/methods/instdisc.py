@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..core.processes import join_processes
 from ..data import image_channels
 from ..learner import CURVES, contrastive_learner
-from ..loss.memory import MemoryBank, MemoryLoss
-from ..loss.projections import check_temperature, unit_vectors
+from ..loss.memory import BankLoss, MemoryBank
+from ..loss.projections import unit_vectors
 from .remembering import MemoryLearner, decay_all, memory_learner, plain_sgd
 from ..model.head import Projection, projection_head
 from ..train.parts import check_options, choose_encoder, policy_for, view_size
@@ -59,21 +59,8 @@ class InstDisc(nn.Module):
         self.memory.update(self.memory.images, out.z)
 
 # %% ../../nbs/methods/02_instdisc.ipynb #c25c5f88
-class InstDiscLoss(MemoryLoss):
+class InstDiscLoss(BankLoss):
     "InstDisc's loss: exact softmax over the bank, or NCE; raises `ValueError` for bad numbers."
-
-    def __init__(
-        self,
-        bank: MemoryBank,  # Of the model
-        temperature: float = 0.07,  # Of the scores, > 0; 0.1 for CIFAR-10
-        negatives: int | None = None,  # Random rows for NCE, K; None: all rows, exactly
-    ):
-        super().__init__(bank)
-        check_temperature(temperature)
-        if negatives is not None and negatives < 1:
-            raise ValueError(f"negatives must be at least 1, got {negatives}")
-        self.temperature = temperature
-        self.negatives = negatives
 
     def losses(
         self,
@@ -82,12 +69,8 @@ class InstDiscLoss(MemoryLoss):
     ) -> Tensor:  # In nats, `(N,)`
         "Loss of each image of the batch."
         images = self.memory.images
-        kind = "softmax" if self.negatives is None else "nce"
-        if kind == "nce" and index is None: index = self.memory.draw(images, self.negatives)
-        return self.memory.losses(out.z, images, self.temperature, index, kind)
-
-    def extra_repr(self) -> str:
-        return f"temperature {self.temperature:g}, negatives {self.negatives or 'all'}"
+        if self.negatives and index is None: index = self.memory.draw(images, self.negatives)
+        return self.memory.losses(out.z, images, self.temperature, index, self.kind)
 
 # %% ../../nbs/methods/02_instdisc.ipynb #49ebeda7
 def instdisc_policy(

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Generator, Tensor, nn
 
-from ..core.choices import check_choice
 from ..core.processes import join_processes
 from ..data import image_channels
 from ..learner import contrastive_learner
-from ..loss.memory import MemoryBank, MemoryLoss
-from ..loss.projections import check_temperature, unit_vectors
+from ..loss.memory import BankLoss, MemoryBank
+from ..loss.projections import unit_vectors
 from .remembering import MemoryLearner, memory_learner, plain_sgd
 from ..model.head import Projection, projection_head
 from ..train.optim import excluded
@@ -164,7 +163,7 @@ def remember(
     self.memory.update(self.memory.images, out.z.chunk(2)[0])
 
 # %% ../../nbs/methods/04_pirl.ipynb #c943de05
-class PIRLLoss(MemoryLoss):
+class PIRLLoss(BankLoss):
     "PIRL's loss, the weighted sum of two comparisons with the bank; raises `ValueError`."
 
     def __init__(
@@ -175,19 +174,11 @@ class PIRLLoss(MemoryLoss):
         weight: float = 0.5,  # Of the puzzle's term, lambda, 0 to 1
         kind: str = "nce",  # "nce" or "softmax"
     ):
-        super().__init__(bank)
-        check_temperature(temperature)
-        check_choice("kind of bank loss", kind, ("nce", "softmax"))
-        is_bad = kind == "nce" if negatives is None else negatives < 1
-        if is_bad:
-            raise ValueError(f"negatives of {kind} must be at least 1, got {negatives}")
+        super().__init__(bank, temperature, negatives, kind)
         if not 0 <= weight <= 1: raise ValueError(f"weight must lie in [0, 1], got {weight}")
-        self.temperature, self.negatives = temperature, negatives
-        self.weight, self.kind = weight, kind
+        self.weight = weight
 
-    def extra_repr(self) -> str:
-        return (f"temperature {self.temperature:g}, negatives {self.negatives or 'all'}, "
-                f"weight {self.weight:g}, {self.kind}")
+    def extra_repr(self) -> str: return f"{super().extra_repr()}, weight {self.weight:g}"
 
 # %% ../../nbs/methods/04_pirl.ipynb #1b71ed4f
 @patch

@@ -17,16 +17,9 @@ import torch
 from fastcore.basics import patch
 
 from ..core.choices import check_choice
-from simclr_nb.plan.cost import (
-    LINKS,
-    PRECISIONS,
-    Count,
-    Op,
-    communication,
-    count_encoder,
-    count_ops,
-    memory_parts,
-)
+from .cost import LINKS, PRECISIONS, Count, Op, communication, count_encoder
+from .cost import count_ops, memory_parts
+from .step import StepCount, count_method, step_communication, step_memory
 from .devices import DEVICES, LAUNCH, Device, measure_device, op_seconds
 from ..views.policy import create_policy
 
@@ -45,7 +38,11 @@ def _augment_ops(size: int, crop: bool, channels: int = 3) -> tuple[Op, ...]:
 
 
 def _other_ops(count: Count, batch: int, devices: int) -> list[Op]:
-    "Loss and LARS, for a step."
+    "Loss and optimiser, for a step."
+    if isinstance(count, StepCount):
+        flops, traffic = (count.of_loss(k, batch, devices) for k in ("flops", "traffic"))
+        update = Op("update", False, 0, 16 * 4 * count.params + 3 * 4 * count.frozen, 0, 0)
+        return [Op("loss", False, flops, traffic, 0, 0, "product"), update]
     products = (8 if devices > 1 else 4) * (2 * batch) ** 2 * devices * count.dims[1]
     loss = Op("nt_xent", False, products, 4 * 2 * batch * count.dims[1], 0, 0, "product")
     return [loss, Op("lars", False, 0, 16 * 4 * count.params, 0, 0)]
@@ -56,9 +53,11 @@ class PlanConfig:
     "What to plan for."
 
     data: str = "imagenet"  # "imagenet", "cifar10", or number x side of images: 50000x96
-    arch: str = "resnet50"  # Encoder: resnet18, 34, ... 200, torchvision/NAME or timm/NAME
+    arch: str = "resnet50"  # Encoder: resnet18, ... 200, torchvision/, timm/, cpc/ or amdim/NAME
     width: float = 1.0  # Multiplies the channels of the encoder
     channels: int = 3  # Of each image, such as 13; 3: RGB
+    method: str = "simclr"  # simclr, instdisc, moco, moco_v2, pirl, cmc, cpc or amdim
+    negatives: int | None = None  # Rows of the bank in a step, all; MoCo: of the queue, 65536
     size: int | None = None  # Side of the views in pixels; ImageNet 224, else as the images
     batch: int = 4096  # Images in a batch, over all devices
     gpus: str = "8xh100"  # Devices: a100, 8xh100; nodes too: 4x8xa100; or cpu, this machine
@@ -99,7 +98,8 @@ def _place(config: PlanConfig) -> tuple[int, int, str]:
 # %% ../../nbs/plan/03_plan.ipynb #126a8b40
 def _check_counts(config: PlanConfig) -> None:
     "Refuse counts below 1."
-    for name in ("batch", "micro_batch", "epochs", "cores", "size", "channels"):
+    for name in ("batch", "micro_batch", "epochs", "cores", "size", "channels",
+                 "negatives"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -138,8 +138,8 @@ def _check(config: PlanConfig) -> tuple[int, int, int, int, str]:
 class _Work(NamedTuple):
     "Operations that a device does several times in a step."
 
-    ops: tuple[Op, ...] | list[Op]  # Per view
-    views: float  # Views they are done for at a time
+    ops: tuple[Op, ...] | list[Op]  # Per unit: a view, or an image with all its views
+    views: float  # Units they are done for at a time
     times: int  # In a step
 
 
@@ -147,13 +147,15 @@ def _work_of(count: Count, config: PlanConfig, size: int, world: int) -> dict[st
     "What a device does in a step."
     n = config.batch // world
     chunks = math.ceil(n / min(config.micro_batch or n, n))
-    views = 2 * n / chunks
+    views = count.units * n / chunks
     crop = size <= 64 or not config.decode_rate  # else workers that decode crop as well
+    if isinstance(count, StepCount): augment = _Work(count.augment, n, 1)
+    else: augment = _Work(_augment_ops(size, crop, config.channels), n, 2)
     forward, backward = ([op for op in count.ops if op.backward == b] for b in (False, True))
     return dict(
         forward=_Work(forward, views, chunks if chunks == 1 else 2 * chunks),
         backward=_Work(backward, views, chunks),
-        augment=_Work(_augment_ops(size, crop, config.channels), n, 2),
+        augment=augment,
         update=_Work(_other_ops(count, n, world), 1, 1))
 
 # %% ../../nbs/plan/03_plan.ipynb #4edb80dd
@@ -162,7 +164,9 @@ def _network(count: Count, config: PlanConfig, place: tuple[int, int], link: str
     "Seconds of the network that a backward pass of so many seconds does not hide."
     nodes, each = place
     n = config.batch // (nodes * each)
-    parts = communication(count, n, nodes, each, LINKS[link], LINKS[config.network], chunks)
+    ring = nodes, each, LINKS[link], LINKS[config.network]
+    if isinstance(count, StepCount): parts = step_communication(count, n, ring, chunks)
+    else: parts = communication(count, n, *ring, chunks)
     gradients = parts.pop("gradients")
     last = gradients * min(1, 25e6 / (4 * count.params))  # of the last bucket, never hidden
     return sum(parts.values()) + max(gradients - backward, last)
@@ -207,8 +211,12 @@ def _largest(fits: Callable, most: int) -> int:
 # %% ../../nbs/plan/03_plan.ipynb #217fadf9
 def _memory_of(count: Count, config: PlanConfig, size: int, world: int, device: Device) -> Callable:
     "Function of images on a device and micro-batch that gives the parts of memory."
-    options = dict(devices=world, mixed=config.precision != "fp32", dense=config.dense or None,
-                   tile=896 if device.rates else 4096, channels=config.channels)
+    options = dict(devices=world, mixed=config.precision != "fp32")
+    if isinstance(count, StepCount):
+        options["tile"] = 2**20 if device.rates else 2**24
+        return lambda n, micro=None: step_memory(count, n, micro, **options)
+    options |= dict(tile=896 if device.rates else 4096, dense=config.dense or None,
+                    channels=config.channels)
     return lambda n, micro=None: memory_parts(count, size, n, micro, **options)
 
 # %% ../../nbs/plan/03_plan.ipynb #af7172a6
@@ -266,7 +274,8 @@ def epoch(self: Plan) -> float:  # Whole batches only
 def _head(plan: Plan) -> list[str]:
     "What was asked."
     c = plan.config
-    text = f"{c.arch} x {c.width:g} on {c.data}, batch {c.batch} on {c.gpus}"
+    name = "" if c.method == "simclr" else f"{c.method}, "
+    text = f"{name}{c.arch} x {c.width:g} on {c.data}, batch {c.batch} on {c.gpus}"
     if plan.devices > 1: text += f", {c.batch // plan.devices} images on each of {plan.devices}"
     if c.micro_batch: text += f" in micro-batches of {c.micro_batch}"
     return [f"{text}, {c.precision}", ""]
@@ -303,14 +312,26 @@ def __str__(self: Plan) -> str:  # Lines for people
     "The plan as an answer: memory, time, and what limits it."
     return "\n".join(_head(self) + _memory_lines(self) + _time_lines(self))
 
+# %% ../../nbs/plan/03_plan.ipynb #c5e8158e
+def _count(config: PlanConfig, images: int, size: int, method: Callable | None) -> Count:
+    "Count of a step; raises `ValueError` for a method without a description."
+    if method is None:
+        if config.method != "simclr": raise ValueError(
+            f"a plan of {config.method!r} needs a description of its step: use plan_method")
+        return count_encoder(config.arch, config.width, size, config.precision, config.channels)
+    crop = size <= 64 or not config.decode_rate
+    return count_method(lambda: method(config, images, size), size, config.precision,
+                        config.channels, crop)
+
 # %% ../../nbs/plan/03_plan.ipynb #d8143ed1
 def run_plan(
     config: PlanConfig,  # What to plan for
+    method: Callable | None = None,  # Maps configuration, images and side to a `Step`; SimCLR
 ) -> Plan:
     "Predict time and memory of a configuration; raises `ValueError` for one that makes no sense."
     images, size, nodes, each, name = _check(config)
     world = nodes * each
-    count = count_encoder(config.arch, config.width, size, config.precision, config.channels)
+    count = _count(config, images, size, method)
     device = _device(name, config.precision)
     seconds = _times(count, config, size, (nodes, each), device)
     busy = sum(seconds.values())
@@ -321,6 +342,7 @@ def run_plan(
     room = _room(device)
     def fits(n, micro=None): return sum(memory(n, micro).values()) <= room
     largest = world * _largest(fits, 2**20)
-    micro = 2 ** _largest(lambda k: fits(n, 2 ** (k - 1)), n.bit_length()) // 2
+    if isinstance(count, StepCount) and not count.step.in_parts: micro = 0
+    else: micro = 2 ** _largest(lambda k: fits(n, 2 ** (k - 1)), n.bit_length()) // 2
     return Plan(config, images, world, seconds, memory(n, config.micro_batch), room, decoding,
                 largest, micro)

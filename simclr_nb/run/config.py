@@ -21,11 +21,12 @@ from ..loss.tiled import NTXent
 from ..methods.amdim import amdim_encoder, amdim_learner
 from ..methods.cmc import cmc_learner, lab_encoder
 from ..methods.instdisc import instdisc_learner
-from ..methods.moco import moco_learner
+from ..methods.moco import moco_learner, refuse_micro_batch
 from ..methods.pirl import pirl_learner
 from ..methods.cpc import cpc_learner, patch_encoder
 from ..model.encoder import create_encoder
 from ..model.head import projection_head
+from ..train.trackers import tracker_names
 from ..train.parts import HEADS
 from ..train.optim import OPTIMIZERS, scale_lr
 from ..views.policy import POLICIES
@@ -40,6 +41,7 @@ class RunConfig:
     arch: str | None = None  # Encoder: resnet18, 34, ... 200 (amdim/NDF-RKHS-DEPTH: 32-256-2)
     width: float | None = None  # Multiplies the channels of a ResNet; 0.25
     epochs: int | None = None  # Passes over the training images; digits 60, else 12 (10, else 6)
+    minutes: float | None = None  # Instead of epochs: as many as fit, with the evaluation
     bs: int | None = None  # Images in a batch, of all processes; 256, or half of all (96)
     temperature: float | None = None  # Softmax temperature of the loss; 0.5 for digits, else 0.2
     lr: float | None = None  # Base learning rate; twice the paper's: sqrt 0.15, linear 0.6 (0.002)
@@ -81,6 +83,7 @@ class RunConfig:
     out: str | None = None  # Folder of the run; a new one under "runs" by default
     resume: bool = False  # Go on with the run in that folder, or begin it if there is none
     checkpoint_minutes: float = 10.0  # Save the state of the run so often, and after each epoch
+    log: str | None = None  # Trackers: tensorboard, wandb, mlflow or csv; several with commas
 
 # %% ../../nbs/run/00_config.ipynb #644b9702
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _check_training(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    if (config.warmup_epochs or 0) > config.epochs:
+    if config.epochs is not None and (config.warmup_epochs or 0) > config.epochs:
         raise ValueError(f"warmup_epochs must be 0 to {config.epochs}, got {config.warmup_epochs}")
 
 
@@ -229,9 +232,7 @@ def _check_memory(config: RunConfig) -> None:
 def _check_moco(config: RunConfig) -> None:
     "Refuse settings out of range, and micro-batches."
     _check_memory(config)
-    if config.micro_batch is not None:
-        raise ValueError("moco has no micro-batches: its negatives come from the queue, so take a "
-                         "smaller batch (bs) instead")
+    refuse_micro_batch(config.micro_batch)
 
 # %% ../../nbs/run/00_config.ipynb #cff7dc92
 _OF_MEMORY = ("width", "temperature", "negatives", "momentum", "out_dim", "stem", "weight_decay",
@@ -241,7 +242,7 @@ METHODS = {  # value of `RunConfig.method` to what a run must know of it
     "simclr": Method("SimCLR", simclr_learner, _simclr_defaults, _check_simclr,
                      ("width", "temperature", "zero_init_last", "loss", "similarity", "head",
                       "hidden_layers", "out_dim", "batch_norm", "stem", "optimizer",
-                      "weight_decay", "second_policy"), ("scaling", "warmup_epochs")),
+                      "weight_decay", "second_policy"), ("scaling", "warmup_epochs", "minutes")),
     "amdim": Method("AMDIM", amdim_learner, _amdim_defaults, _check_amdim),
     "instdisc": Method("InstDisc", instdisc_learner, partial(_memory_defaults, momentum=0.5),
                        _check_memory, _OF_MEMORY),
@@ -271,6 +272,14 @@ def _check_given(config: RunConfig) -> None:
         if is_given and is_foreign:
             raise ValueError(f"{config.method} has no {field.name}, got {value}")
 
+# %% ../../nbs/run/00_config.ipynb #58742b81
+def _check_minutes(config: RunConfig, defaults: dict) -> None:
+    "Refuse minutes beside epochs, or none; with minutes the epochs stay open."
+    if config.epochs is not None: raise ValueError("give epochs or minutes, not both")
+    if not 0 < config.minutes < math.inf:
+        raise ValueError(f"minutes must be above 0 and finite, got {config.minutes}")
+    del defaults["epochs"]
+
 
 def _check_counts(config: RunConfig) -> None:
     "Refuse numbers of things that cannot be."
@@ -287,9 +296,11 @@ def complete_config(
 ) -> RunConfig:  # With the values that method and data decide; the input is left as it is
     "Complete and check a configuration; raises `ValueError` at once for what would fail later."
     check_choice("method", config.method, METHODS)
+    tracker_names(config.log)
     method = METHODS[config.method]
     _check_given(config)
     defaults = method.defaults(config)
+    if config.minutes is not None: _check_minutes(config, defaults)
     left_open = {k: v for k, v in defaults.items() if getattr(config, k) in (None, "auto")}
     config = replace(config, **left_open)
     method.check(config)

@@ -21,16 +21,19 @@ from ..core.choices import check_choice, quoted
 from ..data import SimCLRDataLoaders, simclr_dls
 from ..transfer.datasets import TRANSFER_DATASETS, load_transfer
 from ..convert.imports import import_weights, weights_digest
-from ..model.encoder import create_encoder
+from ..model.encoder import OF_LIBRARIES, create_encoder
 from ..model.inputs import input_channels
 from ..core.lock import locked_folder
-from ..core.store import check_same_settings, read_json, remove_unfinished, write_atomic
+from ..core.store import check_same_settings, copy_atomic, read_json, remove_unfinished
+from ..core.store import write_atomic
 from ..evaluate.features import check_split, encoder_features
 from ..evaluate.frozen import knn_accuracy, linear_evaluation, logistic_accuracy
+from ..evaluate.image_classifier import fit_classifier, groups_of
+from ..evaluate.prediction import save_classifier
 from ..evaluate.tuning import finetune
 from ..images.labels import load_label_list, match_list
 from ..evaluate.result import Result, load_result
-from .report import drawn_html, report_html
+from .report import classifier_parts, drawn_html, report_html
 from ..transfer.search import BUDGETS
 from ..core.show import plot_accuracies
 from ..transfer.transfer import finetune_transfer, linear_transfer
@@ -87,7 +90,7 @@ def open_encoder(
     if arch is None: return import_weights(path, progress=False, pixels=normalize).encoder
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no encoder file {str(path)!r}")
-    library = "/" in arch and not arch.startswith(("amdim/", "cpc/", "cmc/"))
+    library = "/" in arch and arch.split("/")[0] in OF_LIBRARIES
     if normalize == "imagenet" and not library:
         raise ValueError(f"{arch!r} takes values in [0, 1]: normalize must be 'none'")
     usual = library and normalize == "auto" and kwargs.get("in_channels", 3) == 3
@@ -104,7 +107,8 @@ def open_encoder(
     return encoder.eval()
 
 # %% ../../nbs/run/03_evaluate.ipynb #21a3e943
-PROTOCOLS = ("knn", "logistic", "linear", "finetune", "semi", "transfer", "transfer-finetune")
+PROTOCOLS = ("knn", "logistic", "linear", "finetune", "semi", "transfer", "transfer-finetune",
+             "classifier")
 
 # %% ../../nbs/run/03_evaluate.ipynb #0f3ea182
 @dataclass
@@ -112,8 +116,8 @@ class EvaluationConfig:
     "Settings of an evaluation run."
 
     encoder: str  # Saved encoder; weights of any origin; torchvision/NAME or timm/NAME
-    data: str = "cifar10"  # "digits", "cifar10", or a folder, labelled by sub-folder
-    protocol: str = "knn,logistic,linear"  # Names of `PROTOCOLS`, separated by commas
+    data: str = "cifar10"  # "digits", "cifar10", a table, or a folder, labelled by sub-folder
+    protocol: str | None = None  # Of `PROTOCOLS`, by commas; knn,logistic,linear, or classifier
     arch: str | None = None  # Of weights that are no ResNet of ours: torchvision/NAME, timm/NAME
     normalize: str = "auto"  # Pixels: imagenet, none, or auto: imagenet for torchvision and timm
     size: int | None = None  # Side of the images; that of small ones, 96 for photos, transfer 224
@@ -134,6 +138,7 @@ class EvaluationConfig:
     seed: int = 0  # Seed of everything that is random
     workers: int | None = None  # Processes that decode large images; all cores
     out: str | None = None  # Folder of the run, where a second call goes on; else under runs
+    save: str | None = None  # File for a classifier of new images, see simclr-predict
 
 # %% ../../nbs/run/03_evaluate.ipynb #6ccb1891
 def _names(text: str, allowed: Collection[str], what: str) -> list[str]:
@@ -152,9 +157,16 @@ def _fractions(text: str) -> list[float]:
     return shares
 
 # %% ../../nbs/run/03_evaluate.ipynb #1c79d81b
+def _protocols(config: EvaluationConfig) -> list[str]:
+    "Protocols that are asked for."
+    if config.protocol is None: return ["classifier"] if config.save else list(PROTOCOLS[:3])
+    names = _names(config.protocol, PROTOCOLS, "protocol")
+    return list(dict.fromkeys([*names, *(["classifier"] if config.save else [])]))
+
+
 def _check(config: EvaluationConfig) -> None:
     "Refuse at once what would fail later."
-    _names(config.protocol, PROTOCOLS, "protocol")
+    _protocols(config)
     if config.transfer != "all": _names(config.transfer, TRANSFER_DATASETS, "transfer data set")
     _fractions(config.fractions)
     check_choice("budget", config.budget, BUDGETS)
@@ -163,9 +175,12 @@ def _check(config: EvaluationConfig) -> None:
         if value is not None and value < 1: raise ValueError(f"{name} must be >= 1, got {value}")
     if config.workers is not None and config.workers < 0:
         raise ValueError(f"workers must be at least 0, got {config.workers}")
+    if config.save and not Path(config.save).absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder to write {quoted(config.save)} into")
 
 # %% ../../nbs/run/03_evaluate.ipynb #fd0f28a3
-_FREE = {"encoder", "protocol", "out", "workers", "root", "transfer", "fractions"}  # may change
+_FREE = {"encoder", "protocol", "out", "workers", "root", "transfer", "fractions",
+         "save"}  # may change
 
 
 def _settings(config: EvaluationConfig) -> dict:
@@ -192,14 +207,18 @@ def _keep_settings(folder: Path, settings: dict) -> None:
 
 # %% ../../nbs/run/03_evaluate.ipynb #43723bdc
 def _loaders(config: EvaluationConfig, encoder: nn.Module) -> SimCLRDataLoaders:
-    "Images to evaluate on; raises `ValueError` where a score would say nothing."
+    "Images to evaluate on."
     size = config.size or getattr(encoder, "size", None)  # AMDIM's knows one only
     channels = input_channels(encoder)
     if channels == 3: channels = None  # the usual way to read RGB
-    dls = simclr_dls(config.data, size, config.bs, n_train=config.n_train,
-                     n_valid=config.n_valid, seed=config.seed, num_workers=config.workers,
-                     max_pixels=config.max_pixels, pixel_range=config.pixel_range,
-                     channels=config.channels or channels)
+    return simclr_dls(config.data, size, config.bs, n_train=config.n_train,
+                      n_valid=config.n_valid, seed=config.seed, num_workers=config.workers,
+                      max_pixels=config.max_pixels, pixel_range=config.pixel_range,
+                      channels=config.channels or channels)
+
+
+def _checked(dls: SimCLRDataLoaders) -> SimCLRDataLoaders:
+    "The same loaders, whose images all have labels that tell encoders apart."
     check_split(dls)
     return dls
 
@@ -207,7 +226,8 @@ def _loaders(config: EvaluationConfig, encoder: nn.Module) -> SimCLRDataLoaders:
 def _tasks(config: EvaluationConfig, encoder: nn.Module, folder: Path) -> dict[str, Callable]:
     "Name of each result to what computes it; data are read when first needed."
     name = Path(config.encoder).name
-    dls = cache(partial(_loaders, config, encoder))
+    loaders = cache(partial(_loaders, config, encoder))
+    dls = cache(lambda: _checked(loaders()))
     @cache
     def features(): return encoder_features(encoder, dls(), name, progress=True)
     common = dict(bs=config.bs or 256, seed=config.seed, name=name)
@@ -216,11 +236,24 @@ def _tasks(config: EvaluationConfig, encoder: nn.Module, folder: Path) -> dict[s
         logistic=lambda: logistic_accuracy(features()),
         linear=lambda: linear_evaluation(encoder, dls(), config.epochs or 90,
                                          augment=not config.cached, **common),
-        finetune=lambda: finetune(encoder, dls(), epochs=config.epochs, **common))
-    asked = _names(config.protocol, PROTOCOLS, "protocol")
+        finetune=lambda: finetune(encoder, dls(), epochs=config.epochs, **common),
+        classifier=lambda: _classify(config, encoder, loaders(), folder))
+    asked = _protocols(config)
     chosen = {protocol: tasks[protocol] for protocol in asked if protocol in tasks}
     if "semi" in asked: chosen |= _semi_tasks(config, encoder, dls, common)
     return chosen | _transfer_tasks(config, encoder, folder, asked, name)
+
+# %% ../../nbs/run/03_evaluate.ipynb #f4c5074e
+_SAVED = "classifier.safetensors"
+
+
+def _classify(config: EvaluationConfig, encoder: nn.Module, dls: SimCLRDataLoaders,
+              folder: Path) -> Result:
+    "Result of a classifier on test images; the folder keeps the classifier."
+    classifier = fit_classifier(encoder, dls, groups_of(config.data) or None, progress=True,
+                                name=Path(config.encoder).name)
+    save_classifier(classifier, folder / _SAVED)
+    return classifier.result
 
 # %% ../../nbs/run/03_evaluate.ipynb #d041bf42
 def _semi_tasks(config: EvaluationConfig, encoder: nn.Module, dls: Callable, common: dict) -> dict:
@@ -263,7 +296,7 @@ def _write_report(folder: Path, config: EvaluationConfig, results: dict[str, Res
     name = Path(config.encoder).name
     transfer = [r for r in results.values() if "dataset" in r.card]
     bars = {protocol: {name: (r.value, r.low, r.high)} for protocol, r in results.items()
-            if "dataset" not in r.card}
+            if "dataset" not in r.card and r.card["metric"] != "mAP"}
     parts = {}
     if bars:
         caption = f"Accuracy on test images of {config.data}, with 95% intervals."
@@ -271,6 +304,7 @@ def _write_report(folder: Path, config: EvaluationConfig, results: dict[str, Res
     if transfer:
         caption = "Transfer, beside what the paper found with a ResNet-50, in %."
         parts[caption] = f"<div>{transfer_table(transfer, html=True)}</div>"
+    if "classifier" in results: parts |= classifier_parts(results["classifier"])
     page = report_html(f"Evaluation of {name}", parts, {name: results}, asdict(config))
     write_atomic(folder / "report.html", page.encode())
 
@@ -281,11 +315,13 @@ class EvaluationRun:
 
     folder: Path  # Of the results, one JSON file each, and the report
     results: dict[str, Result]  # Protocol to result
+    saved: str | None = None  # File of the classifier
 
     def __str__(self):
         results = {quoted(name): result for name, result in self.results.items()}
         width = max(map(len, results))
         rows = [f"{name:{width}}  {result}" for name, result in results.items()]
+        if self.saved: rows.append(f"classifier: {quoted(self.saved)}, for simclr-predict")
         return "\n".join([*rows, f"report: {quoted(self.folder / 'report.html')}"])
 
 # %% ../../nbs/run/03_evaluate.ipynb #a81f3c15
@@ -295,7 +331,7 @@ def _evaluate(config: EvaluationConfig, encoder: nn.Module, folder: Path) -> Eva
     results = {}
     for name, task in tasks.items():
         path = folder / f"{name}.json"
-        known = path.is_file()
+        known = path.is_file() and (name != "classifier" or (folder / _SAVED).is_file())
         if known: results[name] = load_result(path)
         else:
             print(f"{quoted(name)} ...", flush=True)
@@ -303,7 +339,8 @@ def _evaluate(config: EvaluationConfig, encoder: nn.Module, folder: Path) -> Eva
             results[name].save(path)
         if not known or len(results) == len(tasks): _write_report(folder, config, results)
         print(f"{quoted(name):20} {results[name]}", flush=True)
-    return EvaluationRun(folder, results)
+    if config.save: copy_atomic(folder / _SAVED, config.save)
+    return EvaluationRun(folder, results, config.save)
 
 # %% ../../nbs/run/03_evaluate.ipynb #923064ea
 def run_evaluation(

@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from contextlib import ExitStack
-from itertools import chain
+from itertools import chain, count, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -114,12 +114,13 @@ def latest_checkpoint(
 # %% ../../nbs/train/04_checkpoint.ipynb #639904d1
 def _about(learn) -> dict:
     "Settings without which a state means nothing."
-    schedule = next((cb for cb in learn.cbs if cb.name == "schedule"), None)
+    schedule = next((cb for cb in learn.cbs if hasattr(cb, "peak_lr")), None)
     encoder, loss = bare_model(learn.model).encoder, bare_loss(learn.loss_func)
     temperature = getattr(loss, "temperature", None)
     if isinstance(temperature, torch.Tensor): temperature = "learned"
     return dict(
-        epochs=learn.n_epoch, encoder=str(getattr(encoder, "config", "unknown")),
+        epochs=getattr(schedule, "about_epochs", learn.n_epoch),
+        encoder=str(getattr(encoder, "config", "unknown")),
         optimizer=type(getattr(learn.opt, "opt", learn.opt)).__name__, loss=str(loss),
         temperature=temperature,
         peak_lr=getattr(schedule, "peak_lr", None), batches=len(learn.dls.train))
@@ -201,6 +202,7 @@ class ResumableLearner(Learner):
 
     resumed = None  # What is left to set when a resumed fit begins its first epoch
     images_digest = None  # Of names and sizes of the images; with checkpoints only
+    is_over = False  # Whether the fit ends with this step; a callback may say so
     attributes = None  # Of callbacks and loss, that change in this fit; with checkpoints only
 
     def adopt_precision(self, precision: str) -> None:
@@ -208,21 +210,26 @@ class ResumableLearner(Learner):
 
     def _do_fit(self):
         first = self.resumed["epoch"] if self.resumed else 0
+        self.is_over = False
         try:
             with kept_memory():
-                for self.epoch in range(first, self.n_epoch):
+                for self.epoch in takewhile(lambda i: i < self.n_epoch, count(first)):
                     self._with_events(self._do_epoch, "epoch", CancelEpochException)
         finally:  # fastai calls no callback after an error
             if hasattr(self, "checkpoint"): self.checkpoint.give_back()
 
-    def all_batches(self) -> None:
-        "As fastai's, without the steps that a resumed epoch has behind it."
-        self.n_iter = len(self.dl)
-        start = self._resume_epoch() if self.training and self.resumed else 0
-        if start < self.n_iter:
-            for i, b in enumerate(self.dl, start): self.one_batch(i, b)
-
 # %% ../../nbs/train/04_checkpoint.ipynb #293016f5
+@patch
+def all_batches(self: ResumableLearner) -> None:
+    "As fastai's, without the steps that a resumed epoch has behind it."
+    self.n_iter = len(self.dl)
+    start = self._resume_epoch() if self.training and self.resumed else 0
+    if start < self.n_iter:
+        for i, b in enumerate(self.dl, start):
+            self.one_batch(i, b)
+            if self.training and self.is_over: break
+
+
 @patch
 def _resume_epoch(self: ResumableLearner) -> int:
     "Set what is left; the steps of this epoch that are done."

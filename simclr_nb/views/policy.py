@@ -118,6 +118,7 @@ def after_crop(self: Policy) -> Policy:
 def geometry(self: Policy) -> Policy:
     "Its crop or shift, and flip, without colours: for linear evaluation and fine-tuning."
     kept = [o for o in self.operators if isinstance(o, (RandomResizedCrop, RandomTranslate))]
+    kept = [getattr(o, "geometry", o) for o in kept]  # a crop may have a plainer form
     return Policy("crop and flip", kept, self.shared, self._size)
 
 

@@ -6,10 +6,13 @@
 __all__ = ['TwoViews', 'OneView']
 
 # %% ../../nbs/views/05_two_views.ipynb #41ca4b58
+from collections.abc import Callable
+
 import torch
 from fastcore.basics import patch
 from torch import Generator, Tensor
 
+from .given import as_policy
 from .policy import Policy
 
 # %% ../../nbs/views/05_two_views.ipynb #8d4b01e1
@@ -27,13 +30,14 @@ class TwoViews:
 
     def __init__(
         self,
-        policy: Policy,  # Draws the first view of each image
-        second: Policy | None = None,  # Draws the second view; the same policy by default
-        shared: Policy | None = None,  # Applied once to each image, before either; none by default
+        policy: Policy | Callable,  # Draws the first view of each image; a transform is wrapped
+        second: Policy | Callable | None = None,  # Draws the second view; the same by default
+        shared: Policy | Callable | None = None,  # Applied once to each image, before either
     ):
-        self.policy = policy
-        self.second = second or policy
-        self.shared = shared or _shared_by((self.policy, self.second))
+        self.policy = as_policy(policy)
+        self.second = self.policy if second is None else as_policy(second)
+        self.shared = None if shared is None else as_policy(shared)
+        if shared is None: self.shared = _shared_by((self.policy, self.second))
         start = self.shared.size if self.shared else None
         sizes = [p.size or start for p in (self.policy, self.second)]
         if all(sizes) and sizes[0] != sizes[1]:
