@@ -21,8 +21,9 @@ CASES = Path(__file__).with_name("log_cases.py")
 
 def test_cases():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    done = subprocess.run(command, cwd=CASES.parent.parent, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=900)
+    env = {name: value for name, value in os.environ.items() if name != "SIMCLR_NB_REQUIRE_DATA"}
+    done = subprocess.run(command, cwd=CASES.parent.parent, env=env, capture_output=True, text=True,
+                          timeout=900)  # the logs need no real images
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed, = re.findall(r"(\d+) passed", done.stdout)
     assert int(passed) >= 15, done.stdout
