@@ -88,6 +88,15 @@ def chromium() -> str:
     return found
 
 
+@pytest.fixture(scope="module")
+def browser(chromium):
+    "The browser, started without anything that asks the network."
+    from playwright.sync_api import sync_playwright
+    flags = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
+               --disable-background-networking --disable-component-update""".split()
+    with sync_playwright() as p: yield p.chromium.launch(executable_path=chromium, args=flags)
+
+
 @pytest.fixture
 def call(capsys):
     "Runs a command, a function of its arguments: exit code, standard output and standard error."

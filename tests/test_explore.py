@@ -14,8 +14,6 @@ from simclr_nb.run.embedding import embed
 from simclr_nb.run.explorer import explore
 from simclr_nb.run.vector_files import Vectors
 
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
-           --disable-background-networking --disable-component-update""".split()
 WIDTHS = {"desktop": (1280, 844), "phone": (390, 844)}
 EVIL = ["<script>alert(1)</script>.png", '"><img src=x onerror=alert(2)>.png', "&amp; $x ${y} 'z'.png"]
 
@@ -44,12 +42,6 @@ def vectors(folder) -> Vectors:
 @pytest.fixture(scope="module")
 def page(vectors, folder) -> Path:
     return explore(vectors, folder / "data", folder / "page.html", "pca", progress=False)
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p: yield p.chromium.launch(executable_path=chromium, args=FLAGS)
 
 
 @pytest.fixture

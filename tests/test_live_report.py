@@ -178,7 +178,6 @@ def test_a_run_killed_in_its_evaluation_is_not_taken_for_finished(tmp_path, monk
     assert run.results and not is_live_page(tmp_path / "run/report.html")
 
 
-FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync".split()
 LOOK = """() => ({title: document.querySelector('h1')?.innerText, state: document.readyState,
   settings: [...document.querySelectorAll('h2')].some(h => h.innerText == 'Settings'),
   broken: [...document.images].filter(i => i.complete && !i.naturalWidth).length,
@@ -186,33 +185,31 @@ LOOK = """() => ({title: document.querySelector('h1')?.innerText, state: documen
 
 
 @pytest.mark.slow
-def test_whole_in_a_browser_at_random_moments(tmp_path, chromium):
+def test_whole_in_a_browser_at_random_moments(tmp_path, browser):
     "Opened once, it loads itself again; looked at 50 times, and at the end it is the final report."
-    from playwright.sync_api import Error, sync_playwright
+    from playwright.sync_api import Error
     file, rng = tmp_path / "run/report.html", random.Random(0)
     process = started(tmp_path / "run", 400)
     try:
         wait_for(file, process)
-        with sync_playwright() as p:
-            browser = p.chromium.launch(executable_path=chromium, args=FLAGS)
-            page = browser.new_page()
-            asked = []
-            page.on("request", lambda request: asked.append(request.url))
-            page.goto(file.as_uri())
-            looks, titles = 0, set()
-            while looks < 50:
-                time.sleep(rng.uniform(0.02, 1.0))
-                try: seen = page.evaluate(LOOK)
-                except Error: continue  # it is just loading itself again
-                if seen["state"] != "complete": continue
-                looks += 1
-                assert seen["title"] == "SimCLR on photos" and seen["settings"], seen
-                assert not seen["broken"] and seen["height"] > 300 and not seen["wide"], seen
-                titles.add(page.locator("p").first.inner_text())
-            assert len(titles) > 3  # it went on by itself
-            assert process.wait(timeout=900) == 0
-            page.wait_for_function("!document.querySelector('meta[http-equiv=refresh]')", timeout=60_000)
-            assert page.locator("progress").count() == 0 and page.locator("img").count() >= 3
-            assert {url.split(":")[0] for url in asked} <= {"file", "data"}
-            browser.close()
+        page = browser.new_page()
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(file.as_uri())
+        looks, titles = 0, set()
+        while looks < 50:
+            time.sleep(rng.uniform(0.02, 1.0))
+            try: seen = page.evaluate(LOOK)
+            except Error: continue  # it is just loading itself again
+            if seen["state"] != "complete": continue
+            looks += 1
+            assert seen["title"] == "SimCLR on photos" and seen["settings"], seen
+            assert not seen["broken"] and seen["height"] > 300 and not seen["wide"], seen
+            titles.add(page.locator("p").first.inner_text())
+        assert len(titles) > 3  # it went on by itself
+        assert process.wait(timeout=900) == 0
+        page.wait_for_function("!document.querySelector('meta[http-equiv=refresh]')", timeout=60_000)
+        assert page.locator("progress").count() == 0 and page.locator("img").count() >= 3
+        assert {url.split(":")[0] for url in asked} <= {"file", "data"}
+        page.close()
     finally: process.kill()

@@ -11,8 +11,6 @@ from simclr_nb.core.play import (
     temperature_slider,
 )
 
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
-           --disable-background-networking --disable-component-update""".split()
 COLORS = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
 
 
@@ -28,12 +26,6 @@ SLIDER = temperature_slider([0.1, 0.5, 2.0], {"near": 0.9, "<b>far</b>": -0.5}, 
 BOXES = torch.tensor([[[0, 0, 8, 4], [0, 4, 8, 4]], [[2, 2, 4, 4], [0, 0, 8, 8]]])
 EXPLORER = crop_explorer(squares(COLORS)[0], [("disjoint", BOXES[0]), ("nested", BOXES[1])],
                          {"plain": [squares(COLORS)[:2]] * 2, "other": [squares(COLORS)[2:]] * 2})
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p: yield p.chromium.launch(executable_path=chromium, args=FLAGS)
 
 
 @pytest.fixture(params=[1280, 390], ids=["desktop", "phone"])

@@ -21,8 +21,6 @@ PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html"))
 NOTEBOOKS = sorted(p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb")
                    if ".ipynb_checkpoints" not in p.parts)
 WIDTHS = {"desktop": 1280, "phone": 390}
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
-           --disable-background-networking --disable-component-update""".split()
 
 
 def page_of(notebook: str) -> str:
@@ -112,12 +110,6 @@ def address():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p: yield p.chromium.launch(executable_path=chromium, args=FLAGS)
 
 
 @pytest.fixture(scope="module")

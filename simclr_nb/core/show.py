@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTE', 'COLORS', 'compact_figures', 'sample_photo', 'figure_text', 'to_array', 'image_grid', 'view_pairs',
            'intensity_histogram', 'histogram_grid', 'plot_spectra', 'plot_similarities', 'plot_embeddings',
-           'neighbour_gallery', 'plot_accuracies', 'plot_history', 'figure_html']
+           'neighbour_gallery', 'plot_accuracies', 'plot_history', 'image_address', 'figure_html']
 
 # %% ../../nbs/core/01_show.ipynb #adf7376f
 from base64 import b64encode
@@ -274,6 +274,17 @@ def plot_history(
         ax.set(title=figure_text(title), xlabel="epoch")
         ax.legend(fontsize=7)
     return fig
+
+# %% ../../nbs/core/01_show.ipynb #5f59bb75
+def image_address(
+    image: Tensor,  # One image, `(C, H, W)`; uint8, or float in [0, 1]
+    quality: int = 80,  # JPEG quality, 1 to 95
+) -> str:  # `data:image/jpeg;base64,...`
+    "Image as an address that needs no file."
+    pixels = Image.fromarray((255 * to_array(image)).round().astype(np.uint8))
+    buffer = BytesIO()
+    pixels.save(buffer, "jpeg", quality=quality)
+    return "data:image/jpeg;base64," + b64encode(buffer.getvalue()).decode()
 
 # %% ../../nbs/core/01_show.ipynb #3392a531
 def figure_html(

@@ -108,7 +108,7 @@ class Prediction:
 # %% ../../nbs/evaluate/04e_prediction.ipynb #d7015f4c
 def image_files(
     images: str | Path | Sequence[str | Path],  # Folder, at any depth; a file; several of both
-    suffixes: Sequence[str] = tuple(IMAGE_SUFFIXES),  # Of what is an image in a folder, lower case
+    suffixes: Sequence[str] = IMAGE_SUFFIXES,  # Of what is an image in a folder, lower case
 ) -> list[tuple[str, Path]]:  # Names and files; those of a folder sorted
     "Image files by name; raises `FileNotFoundError`, or `ValueError` for a folder without images."
     if isinstance(images, (str, os.PathLike)):
@@ -177,5 +177,5 @@ def predict(
     if bs < 1: raise ValueError(f"bs must be at least 1, got {bs}")
     if not isinstance(classifier, ImageClassifier): classifier = load_classifier(classifier)
     suffixes = BAND_SUFFIXES if classifier.reading.rules.channels else IMAGE_SUFFIXES
-    files = image_files(images, tuple(suffixes))
+    files = image_files(images, suffixes)
     return _batches(classifier, files, bs, threads or os.cpu_count())

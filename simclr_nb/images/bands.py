@@ -29,7 +29,7 @@ from simclr_nb.images.pixels import (
 )
 
 # %% ../../nbs/images/03c_bands.ipynb #279f39ed
-BAND_SUFFIXES = IMAGE_SUFFIXES | {".npy"}
+BAND_SUFFIXES = (*IMAGE_SUFFIXES, ".npy")
 
 # %% ../../nbs/images/03c_bands.ipynb #7cb607cc
 def _channels_last(values: np.ndarray, channels: int, is_planar: bool = False) -> np.ndarray:

@@ -110,8 +110,8 @@ def deal(self: Items) -> Items:
     return self[np.array(order)[np.argsort(np.concatenate(share), kind="stable")]]
 
 # %% ../../nbs/images/01_listing.ipynb #f73e5761
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff",
-                  ".ppm", ".pgm", ".jp2", ".avif"}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff",
+                  ".ppm", ".pgm", ".jp2", ".avif")
 
 # %% ../../nbs/images/01_listing.ipynb #752a9173
 def _open(folder: str) -> tuple[tuple | None, tuple, list[os.DirEntry]]:

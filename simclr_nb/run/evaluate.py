@@ -28,7 +28,7 @@ from ..core.store import check_same_settings, copy_atomic, read_json, remove_unf
 from ..core.store import write_atomic
 from ..evaluate.features import check_split, encoder_features
 from ..evaluate.frozen import knn_accuracy, linear_evaluation, logistic_accuracy
-from ..evaluate.image_classifier import fit_classifier, groups_of
+from ..evaluate.image_classifier import fit_classifier
 from ..evaluate.prediction import save_classifier
 from ..evaluate.tuning import finetune
 from ..images.labels import load_label_list, match_list
@@ -250,8 +250,7 @@ _SAVED = "classifier.safetensors"
 def _classify(config: EvaluationConfig, encoder: nn.Module, dls: SimCLRDataLoaders,
               folder: Path) -> Result:
     "Result of a classifier on test images; the folder keeps the classifier."
-    classifier = fit_classifier(encoder, dls, groups_of(config.data) or None, progress=True,
-                                name=Path(config.encoder).name)
+    classifier = fit_classifier(encoder, dls, progress=True, name=Path(config.encoder).name)
     save_classifier(classifier, folder / _SAVED)
     return classifier.result
 

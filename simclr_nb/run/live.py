@@ -6,13 +6,11 @@
 __all__ = ['REFRESH', 'TimeShare', 'NeighbourLooks', 'is_live_page', 'live_html', 'LiveReportCallback']
 
 # %% ../../nbs/run/01b_live.ipynb #cff45cdb
-import base64
 import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from ..core.processes import is_main, world_size
 from ..core.random import random_state, set_random_state
-from ..core.show import to_array
+from ..core.show import image_address, to_array
 from ..core.store import write_atomic
 from ..data import clean_loader
 from ..learner import SimCLRLearner
@@ -65,11 +63,9 @@ class TimeShare:
             self.spent += self.last[kind]
 
 # %% ../../nbs/run/01b_live.ipynb #b5ff477a
-def _data_address(image: np.ndarray) -> str:
-    "A picture `(H, W, 3)`, uint8, as an address that needs no file."
-    buffer = BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _address(picture: np.ndarray) -> str:
+    "Address of a picture `(H, W, 3)`, uint8."
+    return image_address(torch.from_numpy(picture).permute(2, 0, 1), quality=85)
 
 
 def _thumbnail(image: Tensor) -> str:
@@ -77,7 +73,7 @@ def _thumbnail(image: Tensor) -> str:
     array = to_array(image)
     small = Image.fromarray((array * 255).round().astype(np.uint8))
     small.thumbnail((48, 48))
-    return _data_address(np.array(small))
+    return _address(np.array(small))
 
 # %% ../../nbs/run/01b_live.ipynb #66b8facf
 class NeighbourLooks:
@@ -202,7 +198,7 @@ class LiveReportCallback(Callback):
     def before_batch(self):
         if not self.training or self.views_html or self.xb[0].ndim != 4: return
         picture = views_picture(self.xb[0].as_subclass(Tensor), views_per_image(self.model))
-        self.views_html = f'<img alt="views" width="100%" src="{_data_address(picture)}">'
+        self.views_html = f'<img alt="views" width="100%" src="{_address(picture)}">'
         self._write("training")
 
 # %% ../../nbs/run/01b_live.ipynb #cbe6d2a9

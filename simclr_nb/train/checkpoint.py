@@ -296,15 +296,15 @@ def before_fit(self: CheckpointCallback):
     self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
     if not self.run: return
     self.lock.enter_context(locked_folder(self.folder))
+    self.is_stopped = False
+    in_main = threading.current_thread() is threading.main_thread()
+    self.handler = signal.signal(signal.SIGTERM, self._stop) if in_main else None
     try: self._begin()
     except BaseException:
         self.give_back()
         raise
     self.saved = next(iter(find_checkpoints(self.folder)), None)
-    self.is_stopped = False
     self.saved_at = time.monotonic()
-    in_main = threading.current_thread() is threading.main_thread()
-    self.handler = signal.signal(signal.SIGTERM, self._stop) if in_main else None
 
 # %% ../../nbs/train/04_checkpoint.ipynb #8502c1ac
 @patch
