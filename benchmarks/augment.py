@@ -99,7 +99,7 @@ def limit(size: int) -> dict:
 
 
 def measure_size(size: int, n: int, batch: int, args: argparse.Namespace) -> dict:
-    "What is measured with views of one size."
+    "Measure everything with views of one size."
     dls = load(args.data, size, n, batch)
     pixels = {}
     n = len(dls.train) * batch

@@ -1,4 +1,4 @@
-"What the benchmarks share: the machine, rates, medians, and where a result goes."
+"Shared by the benchmarks: the machine, rates, medians, and where a result goes."
 import json
 import os
 import platform
@@ -100,7 +100,7 @@ def peak(work, cuda: bool = False) -> dict:
 
 
 def own_process(script: str, env: dict | None = None, **options) -> dict:
-    "What a script prints last, as JSON, called with these options in a process of its own."
+    "Last line that a script prints, as JSON, called with these options in a process of its own."
     command = [sys.executable, script, *(f"--{k}={v}" for k, v in options.items())]
     kept = {k: v for k, v in os.environ.items() if k not in GIVE_BACK}
     done = subprocess.run(command, capture_output=True, text=True, env=kept | (env or {}))

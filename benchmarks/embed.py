@@ -43,7 +43,7 @@ def pictures(source: Path, folder: Path, n: int) -> None:
 
 
 def theirs(encoder, folder: Path, out: Path | None, bs: int, size: int) -> np.ndarray:
-    "What `lightly.cli.embed_cli` does after it has built its model, without normalisation."
+    "The steps of `lightly.cli.embed_cli` after it has built its model, without normalisation."
     from lightly.data import LightlyDataset
     from lightly.embedding import SelfSupervisedEmbedding
     from lightly.utils.io import save_embeddings

@@ -45,7 +45,7 @@ STEMS = dict(imagenet="documented", cifar="small")  # and the option with the ba
 def passes(batches: Iterable, step: Callable, n: int, args: argparse.Namespace) -> float:
     """Images per second of the timed steps of a pass over batches of n images.
 
-    The first steps do not count. Nor does what workers have prepared ahead: as many batches are
+    The first steps do not count, and neither do batches prepared ahead: as many batches are
     ready at the end as at the start of the timed steps, and are then thrown away.
     """
     for i, batch in enumerate(batches, 1):
@@ -194,7 +194,7 @@ def convolution_seconds(stem: str, batch: int) -> float:
 
 
 def network(images: torch.Tensor, stem: str, args: argparse.Namespace) -> dict:
-    "What is measured with one stem; and the roof of the convolutions alone, in fp32."
+    "Measure everything with one stem; and the roof of the convolutions alone, in fp32."
     batch = getattr(args, STEMS[stem])
     before = convolution_seconds(stem, batch)
     loops = speeds(images, stem, batch, args)

@@ -1,4 +1,4 @@
-"""What the package itself costs: seconds to import it, and memory of CIFAR-10 in memory.
+"""Cost of the package itself: seconds to import it, and memory of CIFAR-10 in memory.
 
 Imports are timed in fresh interpreters, in turns: torch, torchvision and fastai's `Learner` alone,
 and the same followed by `simclr_nb.learner`. Memory is that of a fresh process which reads the

@@ -1,4 +1,4 @@
-"What the benchmarks for a GPU share: runs in pieces that end themselves in time, and rates."
+"Shared by the benchmarks for a GPU: runs in pieces that end themselves in time, and rates."
 import json
 import time
 from argparse import ArgumentParser, Namespace
@@ -40,7 +40,7 @@ class Piece:
 
 
 def kept(file: Path, work: Callable[[], dict], piece: Piece) -> dict:
-    "What some work gave, now or in an earlier piece."
+    "Result of some work, from now or from an earlier piece."
     if not file.is_file():
         piece.begin()
         write_atomic(file, json.dumps(work(), indent=2).encode())

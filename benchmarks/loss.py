@@ -100,7 +100,7 @@ def measure_peak(name: str, n: int, args: argparse.Namespace) -> dict:
 
 
 def peak_of_process(name: str, n: int, args: argparse.Namespace) -> dict:
-    "What `measure_peak` says in a process of its own."
+    "Result of `measure_peak` in a process of its own."
     same = {k: getattr(args, k) for k in ("dim", "temperature", "threads", "device")}
     return own_process(__file__, peak=name, images=n, **same)
 

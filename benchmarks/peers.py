@@ -1,4 +1,4 @@
-"What others would write, for benchmarks to compare with."
+"Code that others would write, for benchmarks to compare with."
 import random
 from collections.abc import Callable, Sequence
 from importlib import import_module

@@ -7,7 +7,7 @@ __all__ = ['config_parser', 'pretrain', 'evaluate', 'predict', 'embed', 'plan', 
 
 # %% ../nbs/run/04_cli.ipynb #c029857c
 import sys
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import MISSING, fields
@@ -32,7 +32,7 @@ from fastcore.docments import docments
 
 # %% ../nbs/run/04_cli.ipynb #63347b6d
 class _Parser(ArgumentParser):
-    "Parser whose errors are one line; of an unknown option it says which was probably meant."
+    "Parser with one-line errors; for an unknown option it suggests the nearest one."
 
     def parse_args(self, args=None, namespace=None):
         for text in sys.argv[1:] if args is None else args:
@@ -51,7 +51,7 @@ _LARGEST = 2**31 - 1
 
 
 def _whole_number(text: str) -> int:
-    "The number of an option; raises `ArgumentTypeError` for one that no counter holds."
+    "The number of an option; raises `ArgumentTypeError` if it is not a number or too large."
     try: number = int(text)
     except ValueError: raise ArgumentTypeError(f"invalid int value: {text[:40]!r}") from None
     if abs(number) <= _LARGEST: return number
@@ -63,7 +63,7 @@ def config_parser(
     config: type = RunConfig,  # Dataclass of its settings; the first is the argument
     purpose: str = "Pretrain an image encoder with SimCLR, evaluate it, write a report.",  # In help
 ) -> ArgumentParser:  # Parses the options of a command
-    "Parser with one option for each field of a configuration, explained by its comment."
+    "Parser with one option for each field of a configuration; the comment is the help text."
     parser = _Parser(prog, description=purpose)
     parser.add_argument("--version", action="version", version=__version__)
     comments = docments(config)
@@ -75,7 +75,8 @@ def config_parser(
         several = "+" if get_origin(f.type) is list else None
         if f.default is MISSING: parser.add_argument(f.name, nargs=several, help=text)
         elif i == 0: parser.add_argument(f.name, nargs="?", default=f.default, help=text)
-        elif kind is bool: parser.add_argument(option, action="store_true", help=text)
+        elif f.type is bool: parser.add_argument(option, action="store_true", help=text)
+        elif kind is bool: parser.add_argument(option, action=BooleanOptionalAction, help=text)
         else:
             name = kind.__name__.upper()
             if kind is int: kind = _whole_number
@@ -84,7 +85,7 @@ def config_parser(
 
 # %% ../nbs/run/04_cli.ipynb #fcf07bd8
 def _work(parser: ArgumentParser, config: type, work: Callable, argv: Sequence[str] | None) -> int:
-    "Exit code of the work of a command; its errors pass."
+    "Do the work of a command and return its exit code; raises its errors."
     settings = config(**vars(parser.parse_args(argv)))
     if not sys.stdout.isatty(): plain_progress()
     done = work(settings)
@@ -93,7 +94,7 @@ def _work(parser: ArgumentParser, config: type, work: Callable, argv: Sequence[s
 
 # %% ../nbs/run/04_cli.ipynb #05ce57b9
 def _report(parser: ArgumentParser, error: Exception) -> int:
-    "Say what went wrong in one line; the exit code."
+    "Print an error in one line and return the exit code."
     message = explain(error)
     by_rank = "" if is_main() else f"rank {rank()}: "
     if message is None:
@@ -104,11 +105,11 @@ def _report(parser: ArgumentParser, error: Exception) -> int:
     of_one_rank = not isinstance(error, (ValueError, ImportError, FileNotFoundError,
                                          FloatingPointError))
     if is_main() or of_one_rank: parser.error(by_rank + message)
-    return 2  # rank 0 has the same error, and says it
+    return 2  # rank 0 has the same error and prints it
 
 # %% ../nbs/run/04_cli.ipynb #b8df63ec
 def _run(parser: ArgumentParser, config: type, work: Callable, argv: Sequence[str] | None) -> int:
-    "Exit code of a command: 0, 2 for unusable input, 1 for a fault, 130 when interrupted."
+    "Run a command and return its exit code: 0, 2: cannot continue, 1: a bug, 130: interrupted."
     output = PatientOutput(sys.stdout, parser.prog)
     try:
         with redirect_stdout(output): return _work(parser, config, work, argv)
@@ -120,16 +121,16 @@ def _run(parser: ArgumentParser, config: type, work: Callable, argv: Sequence[st
 
 # %% ../nbs/run/04_cli.ipynb #bf8eb31c
 def pretrain(
-    argv: Sequence[str] | None = None,  # Arguments; those of the process by default
-) -> int:  # Exit code: 0; 2: cannot go on, 1: a fault, 130: interrupted
+    argv: Sequence[str] | None = None,  # Arguments; None: those of the process
+) -> int:  # Exit code: 0; 2: cannot continue, 1: a bug, 130: interrupted
     "The command `simclr-pretrain`."
     gone = process_age() if argv is None else 0.0
     return _run(config_parser(), RunConfig, partial(run_pretraining, gone=gone), argv)
 
 # %% ../nbs/run/04_cli.ipynb #e6b2589b
 def evaluate(
-    argv: Sequence[str] | None = None,  # Arguments; those of the process by default
-) -> int:  # Exit code: 0; 2: cannot go on, 1: a fault, 130: interrupted
+    argv: Sequence[str] | None = None,  # Arguments; None: those of the process
+) -> int:  # Exit code: 0; 2: cannot continue, 1: a bug, 130: interrupted
     "The command `simclr-evaluate`."
     purpose = "Evaluate a saved image encoder by any protocols of the SimCLR paper; resumable."
     parser = config_parser("simclr-evaluate", EvaluationConfig, purpose)
@@ -137,8 +138,8 @@ def evaluate(
 
 # %% ../nbs/run/04_cli.ipynb #09e0a089
 def predict(
-    argv: Sequence[str] | None = None,  # Arguments; those of the process by default
-) -> int:  # Exit code: 0; 2: cannot go on, 1: a fault, 130: interrupted
+    argv: Sequence[str] | None = None,  # Arguments; None: those of the process
+) -> int:  # Exit code: 0; 2: cannot continue, 1: a bug, 130: interrupted
     "The command `simclr-predict`."
     purpose = "Classify new images with a classifier that simclr-evaluate --save has written."
     parser = config_parser("simclr-predict", PredictConfig, purpose)
@@ -146,8 +147,8 @@ def predict(
 
 # %% ../nbs/run/04_cli.ipynb #73051220
 def embed(
-    argv: Sequence[str] | None = None,  # Arguments; those of the process by default
-) -> int:  # Exit code: 0; 2: cannot go on, 1: a fault, 130: interrupted
+    argv: Sequence[str] | None = None,  # Arguments; None: those of the process
+) -> int:  # Exit code: 0; 2: cannot continue, 1: a bug, 130: interrupted
     "The command `simclr-embed`."
     purpose = "Write the representation of every image of any data into one file; resumable."
     parser = config_parser("simclr-embed", EmbedConfig, purpose)
@@ -155,16 +156,16 @@ def embed(
 
 # %% ../nbs/run/04_cli.ipynb #d4c7c77b
 def plan(
-    argv: Sequence[str] | None = None,  # Arguments; those of the process by default
-) -> int:  # Exit code: 0; 2: cannot go on, 1: a fault, 130: interrupted
+    argv: Sequence[str] | None = None,  # Arguments; None: those of the process
+) -> int:  # Exit code: 0; 2: cannot continue, 1: a bug, 130: interrupted
     "The command `simclr-plan`."
-    purpose = "Predict memory, time and what limits them, of pretraining on machines one has not."
+    purpose = "Predict memory, time and limits of pretraining on machines that you do not have."
     return _run(config_parser("simclr-plan", PlanConfig, purpose), PlanConfig, plan_method, argv)
 
 # %% ../nbs/run/04_cli.ipynb #62539c99
 def convert(
-    argv: Sequence[str] | None = None,  # Arguments; those of the process by default
-) -> int:  # Exit code: 0; 2: cannot go on, 1: a fault, 130: interrupted
+    argv: Sequence[str] | None = None,  # Arguments; None: those of the process
+) -> int:  # Exit code: 0; 2: cannot continue, 1: a bug, 130: interrupted
     "The command `simclr-convert`."
     purpose = "Convert weights of any origin into an encoder of this package or another library."
     parser = config_parser("simclr-convert", ConvertConfig, purpose)
@@ -172,8 +173,8 @@ def convert(
 
 # %% ../nbs/run/04_cli.ipynb #f03201bd
 def study(
-    argv: Sequence[str] | None = None,  # Arguments; those of the process by default
-) -> int:  # Exit code: 0; 75: time is up, 2: cannot go on, 1: a fault, 130: interrupted
+    argv: Sequence[str] | None = None,  # Arguments; None: those of the process
+) -> int:  # Exit code: 0; 75: time is up, 2: cannot continue, 1: a bug, 130: interrupted
     "The command `simclr-study`."
     purpose = "Run the tables and figures of the SimCLR paper as studies; resumable."
     return _run(config_parser("simclr-study", StudyConfig, purpose), StudyConfig, run_command, argv)

@@ -46,7 +46,7 @@ from fastai.torch_core import default_device
 # %% ../nbs/images/09_data.ipynb #cc1bb425
 def _given_policy(source: Source, size: int | None, policy: Callable,
                   strength: float | None) -> Policy:
-    "Policy of a transform, tried on the first image."
+    "Make a policy from a transform and try it on the first image."
     if strength is not None: raise ValueError(
         f"strength is for policies by name, got {strength} with a transform: leave it out")
     if source.in_memory: image = source.train.images[0]
@@ -61,7 +61,7 @@ def _given_policy(source: Source, size: int | None, policy: Callable,
 # %% ../nbs/images/09_data.ipynb #52678d0c
 def _choose_policy(source: Source, size: int | None, policy: str | Policy | Callable,
                    strength: float | None) -> Policy:
-    "Policy for the images, with what the caller left open decided."
+    "Choose the policy for the images, and the settings that the caller left open."
     if size is not None and not 8 <= size <= 1024:
         raise ValueError(f"size must be 8 to 1024 pixels, got {size}")
     if not isinstance(policy, (str, Policy)): return _given_policy(source, size, policy, strength)
@@ -75,7 +75,7 @@ def _choose_policy(source: Source, size: int | None, policy: str | Policy | Call
 
 # %% ../nbs/images/09_data.ipynb #c505931b
 def _own_batch(bs: int | None, n_train: int, n_valid: int) -> int:
-    "This process's part of a batch; refuses one that cannot be filled or that has no negatives."
+    "This process's share of a batch; raises `ValueError` for an impossible batch size."
     world = world_size()
     least = 2 * world
     if bs is None: bs = max(min(256, n_train // 2) // world * world, least)
@@ -95,7 +95,7 @@ def _own_batch(bs: int | None, n_train: int, n_valid: int) -> int:
 
 # %% ../nbs/images/09_data.ipynb #1c619be7
 def _array_loaders(source: Source, bs: int, seed: int, device: torch.device) -> tuple:
-    "Training and validation loader of images in memory, and a copy on the device if it has room."
+    "Training and validation loaders of images in memory; copies them to the device if they fit."
     sets = source.train, source.valid
     if is_resident(sum(s.images.nbytes for s in sets), device):
         for arrays in sets: arrays.keep_on(device)
@@ -106,7 +106,7 @@ def _array_loaders(source: Source, bs: int, seed: int, device: torch.device) -> 
 # %% ../nbs/images/09_data.ipynb #0ca31871
 def _file_loaders(source: Source, policy: Policy, bs: int, seed: int, decode: str, skip_bad: bool,
                   timeout: float, **kwargs) -> tuple:
-    "Training and validation loader of image files."
+    "Training and validation loaders of image files."
     train, valid = ((paths, torch.tensor(source.labels(paths)), policy.crop, source.rules)
                     for paths in (source.train, source.valid))
     n_valid = min(bs, len(source.valid) // world_size())
@@ -125,11 +125,11 @@ class SimCLRDataLoaders(DataLoaders):
     def __init__(
         self,
         *loaders,  # Training and validation loader
-        policy: Policy,  # Draws the views
+        policy: Policy,  # Augmentations that make the views
         classes: Sequence[str] = (),  # Names in label order; empty without labels
-        info: dict | None = None,  # What is known of the data, for result cards
-        groups: list[Tensor] | None = None,  # Group of each image of both sets, `(N,)`; -1: none
-        **kwargs,  # For fastai's `DataLoaders`
+        info: dict | None = None,  # Description of the data, for result cards
+        groups: list[Tensor] | None = None,  # Group of each image, one `(N,)` per set; -1: none
+        **kwargs,  # Arguments of fastai's `DataLoaders`
     ):
         super().__init__(*loaders, **kwargs)
         self.policy, self.classes, self.info = policy, list(classes), info or {}
@@ -146,14 +146,14 @@ def show_batch(
     self: SimCLRDataLoaders,
     max_n: int = 16,  # Images to show
 ):
-    "Some images of a training batch; of files two crops each, one above the other."
+    "Show images of a training batch; for files, two crops each, one above the other."
     x = self.train.one_batch()[0].as_subclass(Tensor)
     if x.ndim == 4: return image_grid(x[:max_n])
     return view_pairs(x.transpose(0, 1).flatten(0, 1), max_n // 2)
 
 # %% ../nbs/images/09_data.ipynb #27a71aac
 def _check_decode(decode: str, skip_bad: bool, channels: int | None) -> None:
-    "Refuse what the device cannot decode."
+    "Raise `ValueError` for settings with which the device cannot decode."
     check_choice("decode", decode, ("workers", "device"))
     if channels is not None: check_channels(channels)
     if decode == "workers": return
@@ -167,7 +167,7 @@ def _check_decode(decode: str, skip_bad: bool, channels: int | None) -> None:
 # %% ../nbs/images/09_data.ipynb #bb129f89
 def _ready(data, valid_part: float | None, n_train: int | None, n_valid: int | None,
            skip_bad: bool, progress: bool, rules: PixelRules) -> Source:
-    "Images that were found, taken, checked, and loaded if they are small."
+    "Find, take and check images, and load them if they are small."
     suffixes = BAND_SUFFIXES if rules.channels else IMAGE_SUFFIXES
     source = find_source(data, suffixes)
     if valid_part is not None: source = source.hold_out(valid_part)
@@ -178,7 +178,7 @@ def _ready(data, valid_part: float | None, n_train: int | None, n_valid: int | N
 
 # %% ../nbs/images/09_data.ipynb #f7673bf4
 def _info(source: Source, size: int) -> dict:
-    "What is known of the data, for result cards."
+    "Description of the data, for result cards."
     info = dict(data=source.name, n_train=len(source.train), n_valid=len(source.valid),
                 split=source.split, size=size, in_memory=source.in_memory,
                 skipped=source.skipped, pixel_range=source.rules.ranges or None)
@@ -186,13 +186,13 @@ def _info(source: Source, size: int) -> dict:
 
 
 def _tell(source: Source, policy: Policy) -> None:
-    "Print what was understood of data and policy, where that is not plain."
+    "Print how the data were read and which policy is used, where there is something to report."
     for line in (source.found, policy_line(policy, not source.in_memory)):
         if line: print(line)
 
 
 def _groups(source: Source) -> list[Tensor] | None:
-    "Group of each image of both sets, where a table says so."
+    "Group of each image of both sets, if a table gives groups."
     if not source.groups: return None
     sets = [s.paths if source.in_memory else s for s in (source.train, source.valid)]
     return [torch.tensor([source.groups[path] for path in paths]) for paths in sets]
@@ -200,23 +200,23 @@ def _groups(source: Source) -> list[Tensor] | None:
 # %% ../nbs/images/09_data.ipynb #05600cfd
 def simclr_dls(
     data="digits",  # "digits", "cifar10", a folder, table, zip, list of files, array, data set ...
-    size: int | None = None,  # Side of views, 8 to 1024; by default that of small images, else 96
-    bs: int | None = None,  # Images in a batch, N, of all processes; 256, or half of them if fewer
-    policy: str | Policy | Callable = "auto",  # A name of `POLICIES`, a `Policy`, a transform
-    strength: float | None = None,  # Strength of the colour distortion; the policy's own by default
-    n_train: int | None = None,  # Only the first images (balanced over classes); all by default
-    n_valid: int | None = None,  # Likewise for validation
-    seed: int | None = None,  # Seed of the shuffling; from Python's `random` by default
-    num_workers: int | None = None,  # Processes that decode large images; all cores by default
+    size: int | None = None,  # Side of views, px, 8 to 1024; default: of small images, else 96
+    bs: int | None = None,  # Batch size N over all processes; default 256, at most half the images
+    policy: str | Policy | Callable = "auto",  # Name in `POLICIES`, a `Policy`, or a transform
+    strength: float | None = None,  # Strength of colour distortion; default: the policy's
+    n_train: int | None = None,  # Number of training images (balanced over classes); default all
+    n_valid: int | None = None,  # Number of validation images, balanced; default all
+    seed: int | None = None,  # Seed of the shuffling; default: drawn by Python's `random`
+    num_workers: int | None = None,  # Processes that decode large images; default: one per core
     skip_bad: bool = False,  # Skip damaged files instead of raising; `info["skipped"]` lists them
-    device: str | torch.device | None = None,  # fastai's default device by default
-    progress: bool = True,  # Progress bars, and one line that says what a folder was taken for
-    decode: str = "workers",  # Or "device": large training images, all JPEG, are decoded there
-    max_pixels: int | None = None,  # Refuse images of more; 89 million by default, see `MAX_PIXELS`
-    pixel_range: tuple | dict | None = None,  # Values of 16-bit and float files that become 0, 255
-    worker_timeout: float = 60,  # Seconds in which no worker finishes an image before we give up
-    channels: int | None = None,  # Read all channels of each image, so many; by default RGB
-    valid_part: float | None = None,  # Validate on this share of the training images, for choices
+    device: str | torch.device | None = None,  # Device of the batches; default: fastai's
+    progress: bool = True,  # Show progress bars, and print how a folder was read
+    decode: str = "workers",  # Or "device": decodes large training images there; JPEG only
+    max_pixels: int | None = None,  # Largest image, in pixels; default `MAX_PIXELS`, 89 million
+    pixel_range: tuple | dict | None = None,  # 16-bit and float values that become 0 and 255
+    worker_timeout: float = 60,  # Longest wait for the next image of the workers, in seconds
+    channels: int | None = None,  # Number of channels; reads all of an image; default RGB
+    valid_part: float | None = None,  # Share of training images to hold out as validation, to tune
 ) -> SimCLRDataLoaders:  # `(x, y)`: x uint8 `(N, C, H, W)`, or pairs of crops `(N, 2, C, S, S)`
     "DataLoaders for pretraining; raises `ValueError` or `FileNotFoundError` for unusable input."
     join_processes()
@@ -244,11 +244,11 @@ def simclr_dls(
 def clean_loader(
     dls: DataLoaders,  # From `simclr_dls`, or any fastai `DataLoaders` of images
     i: int = 1,  # 0: training set, 1: validation set
-    bs: int | None = None,  # Batch size; that of `dls` by default
-    n: int | None = None,  # Only the first images (balanced in ours); all by default
-    shard: bool = False,  # Of these only the part of this process; see `shard_rows`
+    bs: int | None = None,  # Batch size; default: that of `dls`
+    n: int | None = None,  # Only the first n images (balanced in `simclr_dls`); default all
+    shard: bool = False,  # Only this process's share of these images; see `shard_rows`
 ) -> DataLoader:  # Batches `(x, y)`, each image once, in order
-    "Loader without augmentation, shuffling or dropped images."
+    "Make a loader without augmentation, shuffling or dropped images."
     dataset = dls[i].dataset
     if isinstance(dls, SimCLRDataLoaders): dataset = dataset.clean(dls.policy.size)
     loader = dls.valid.new(dataset, shuffle=False, drop_last=False, bs=bs or dls.train.bs)
@@ -262,7 +262,7 @@ def clean_loader(
 def image_channels(
     dls: DataLoaders,  # From `simclr_dls`, or any fastai `DataLoaders` of images
 ) -> int:  # C
-    "Channels of the images that loaders give."
+    "Number of channels of the images in a batch."
     if isinstance(dls, SimCLRDataLoaders): return dls.info.get("channels", 3)
     states = random.getstate(), torch.get_rng_state()
     try: x = dls.valid.one_batch()[0]

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    "What a worker of pytest-xdist has used."
+    "Add the images that a worker of pytest-xdist has used."
     used.update(getattr(node, "workeroutput", {}).get("used", []))
 
 

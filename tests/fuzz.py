@@ -252,7 +252,7 @@ EVALUATION = "--data digits --n-train 64 --n-valid 32 --protocol knn --workers 0
 # Running a case
 
 def prepare(base: Path) -> None:
-    "What the cases damage: a run, a run that was killed, an evaluation, and weights."
+    "Files for the cases to damage: a run, a run that was killed, an evaluation, and weights."
     def killed(*args, **kwargs): raise KeyboardInterrupt
     finish, runs._finish = runs._finish, killed
     cli.pretrain([*BASE, "--out", str(base / "killed")])
@@ -300,7 +300,7 @@ def ended(child: int, patience: float) -> int | None:
 
 
 def verdict(code: int | None, folder: Path) -> str:
-    "What is wrong with the way a case ended; empty if nothing is."
+    "Fault in the way a case ended; empty if there is none."
     out, err = ((folder / name).read_text("utf-8", "replace") for name in ("stdout", "stderr"))
     if code is None: return f"hangs for {PATIENCE} s"
     if (folder / "started").exists(): return "starts a program: " + (folder / "started").read_text()[:200]
@@ -314,7 +314,7 @@ def verdict(code: int | None, folder: Path) -> str:
 
 
 def run_case(kind: str, number: int, seed: int, base: Path, root: Path) -> str:
-    "What is wrong with one case; its folder is kept only if something is."
+    "Fault of one case; keeps the folder of the case only if there is one."
     folder = root / f"{kind}-{number}"
     (work := folder / "work").mkdir(parents=True)
     os.chdir(work)

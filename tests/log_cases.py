@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -90,14 +91,25 @@ def wandb_records(path: Path):
         if kind in (1, 4): yield record
 
 
+def whole_wandb(path: Path) -> list:
+    "Records of a run that was closed; the last are written a moment after `finish` has returned."
+    from wandb.proto import wandb_internal_pb2
+    deadline = time.monotonic() + 120
+    while True:
+        records = []
+        for data in wandb_records(path):
+            records.append(wandb_internal_pb2.Record())
+            records[-1].ParseFromString(data)
+        if records and records[-1].WhichOneof("record_type") == "exit": return records
+        assert time.monotonic() < deadline, "the log has no end"
+        time.sleep(0.1)
+
+
 def read_wandb(folder: Path) -> dict[str, list]:
     "Numbers of the only offline run, from its log of records."
-    from wandb.proto import wandb_internal_pb2
     (path,) = (folder / "log/wandb").glob("offline-run-*/run-*.wandb")
     found, pictures = {}, 0
-    for data in wandb_records(path):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in whole_wandb(path):
         if record.WhichOneof("record_type") != "history": continue
         items = {item.key or "/".join(item.nested_key): json.loads(item.value_json)
                  for item in record.history.item}

@@ -21,7 +21,7 @@ VOC = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable do
 
 @dataclass
 class Expected:
-    "What a reader should find."
+    "Features that a reader should find."
     classes: list[str]
     sizes: tuple[int, int, int]  # Training, validation and test images
 

@@ -23,7 +23,7 @@ class Waited(RuntimeError): "The processor waits for the device."
 
 
 class Notes:
-    "What happened on the pretended device."
+    "Record of the calls on the pretended device."
 
     def __init__(self):
         self.refuse = False  # Waiting is an error
@@ -100,7 +100,7 @@ def check(name: str, args: tuple, given: list):
 
 
 class Inherit(TorchDispatchMode):
-    "What PyTorch itself makes while it works on tensors of the device is of the device."
+    "Tensors that PyTorch itself makes while it works on tensors of the device are on the device too."
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

@@ -28,7 +28,7 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 
 @cache
 def server():
-    "What starts processes of one thread that have imported the package."
+    "Server that starts processes of one thread that have imported the package."
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["simclr_nb.cli"])
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"): forkserver.ensure_running()
@@ -50,7 +50,7 @@ def _print_to(log: str, function, *args):
 
 
 def run(function, world: int, folder: Path, timeout: float = 120) -> list:
-    "What `function(rank, world)` returns in each of `world` processes: tensors, lists, dicts."
+    "Results of `function(rank, world)` in each of `world` processes: tensors, lists, dicts."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     what = function.__module__, function.__name__, str(folder), world
@@ -91,7 +91,7 @@ def _script(path: str, argv: list[str]):
 
 
 def _wait(running: list, logs: list[Path], end: float):
-    "Until all have ended well; raises `AssertionError` if one has not, or at the end of the time."
+    "Wait until all have ended with exit code 0; raises `AssertionError` if one has not, or at the end of the time."
     while any(process.exitcode is None for process in running) and time.monotonic() < end:
         if any(process.exitcode for process in running): break
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""What fastai promises, asked for in a process that has only the imports of the README.
+"""The promises of fastai, tested in a process that has only the imports of the README.
 
 `python tests/promises.py FOLDER` answers all questions, in order, and prints JSON: question to answer,
 or to the type and text of the error.

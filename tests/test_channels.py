@@ -170,7 +170,7 @@ def test_bands_policy_draws_the_same_compiled():
     views = policy(x, torch.Generator().manual_seed(0))
     assert views.shape == (6, 13, 32, 32)
     fast = compiled_policy(policy)(x, torch.Generator().manual_seed(0))
-    assert torch.equal(views, fast)
+    assert torch.allclose(views, fast, atol=1e-5)  # crop and blur compiled, the jitter as it is
     assert (policy(x[:, :1].repeat(1, 13, 1, 1)).std(1) > 0).any()  # each channel apart
 
 

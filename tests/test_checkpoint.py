@@ -166,7 +166,7 @@ assert end(start(root / "nan", world=world)) == all_ended(0)  # without the faul
 
 
 def run(root: Path, data: str, world: int, kills: int, **scenarios: str) -> dict[str, str]:
-    "What the lives of each scenario print, in processes that one process starts."
+    "Printed lines of the lives of each scenario, in processes that one process starts."
     parts = [f"print('== {name}', flush=True)\n{text}" for name, text in scenarios.items()]
     (path := root / "lives.py").write_text(LIVES + "".join(parts))
     code, told = script(path, data, root, world, kills, log=root / "log", timeout=900)

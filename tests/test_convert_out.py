@@ -113,7 +113,7 @@ def test_hugging_face_takes_any_width(tmp_path):
 @pytest.mark.parametrize("name", ["tf1_r50", "tf1_r50_sk"])
 @pytest.mark.parametrize("format", ["onnx", "pytorch"])
 def test_official_weights_leave_exactly(tmp_path, name, format):
-    "What the libraries have no place for goes out by ONNX or plain PyTorch."
+    "An encoder that the libraries have no place for goes out by ONNX or plain PyTorch."
     for package in PACKAGES.get(format, []): pytest.importorskip(package)
     official = import_weights(golden_bundle(name, tmp_path / "in")).encoder
     images = [torch.rand(3, 3, side, side) for side in SIDES]

@@ -283,7 +283,7 @@ def test_auto_is_bf16_and_images_stay_there():
 
 
 def waiting(mode: str) -> None:
-    "What happens when the processor waits for the device: \"error\", or nothing."
+    "Action when the processor waits for the device: \"error\", or nothing."
     if DEVICE == "cuda": torch.cuda.set_sync_debug_mode(mode)
 
 
@@ -468,7 +468,7 @@ def member(backend: str):
 
 
 def launch(world: int, *argv, script: list | None = None) -> str:
-    "What processes of a launch print."
+    "Printed lines of the processes of a launch."
     env = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(port()), WORLD_SIZE=str(world))
     running = [subprocess.Popen([sys.executable, *(script or ["-c", PROCESSES.format(tests=str(Path(__file__).parent))]),
                                  *argv], env=dict(env, RANK=str(r), LOCAL_RANK=str(r), LOCAL_WORLD_SIZE=str(world)),

@@ -9,7 +9,7 @@ from sklearn.datasets import load_sample_images
 
 from simclr_nb.cli import evaluate, pretrain
 from simclr_nb.evaluate.journal import Journal
-from simclr_nb.evaluate.result import accuracy_result, load_result
+from simclr_nb.evaluate.result import Result, accuracy_result, load_result
 from simclr_nb.model.encoder import create_encoder, save_encoder
 
 DAMAGED = {
@@ -100,7 +100,7 @@ def test_files_of_a_run(name, content, finished, capsys):
 
 @pytest.mark.parametrize("content", [b"epoch,loss\nx,1\n", b"epoch\n\n", b"\xff\xfe\n\xff"])
 def test_history_of_a_run(content, finished, capsys):
-    "It is looked at before the first step, not after the first epoch."
+    "The run checks it before the first step, not after the first epoch."
     folder, argv = finished
     sound = {name: (folder / name).read_bytes() for name in ("history.csv", "report.html")}
     try:
@@ -120,3 +120,17 @@ def test_files_of_an_evaluation(name, content, finished, tmp_path, capsys):
     options = ["--data", "digits", "--protocol", "knn", "--out", str(tmp_path / "run")]
     (tmp_path / "run" / name).write_bytes(content)
     refused(evaluate, [str(encoder), *options], name, capsys)
+
+
+CARDS = {}, dict(dataset=["of", "a", "list"]), dict(metric="top-1", dataset="flowers102")
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_result_without_its_card(card, finished, tmp_path, capsys):
+    "A sound result of something else: the report cannot be made of it."
+    torch.manual_seed(0)
+    encoder = save_encoder(create_encoder("resnet18", 0.125, "cifar"), tmp_path / "e.safetensors")
+    (tmp_path / "run").mkdir()
+    Result(0.5, 0.4, 0.6, card).save(tmp_path / "run/knn.json")
+    options = ["--data", "digits", "--protocol", "knn", "--out", str(tmp_path / "run")]
+    refused(evaluate, [str(encoder), *options], "knn.json", capsys)

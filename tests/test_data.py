@@ -164,7 +164,7 @@ def test_copy_on_a_device_is_kept_and_used(source, monkeypatch):
     for i in range(2):
         own = kept[i].dataset
         assert own.kept[0] is own.images and plain[i].dataset.kept is None
-        own.kept = own.images, 255 - own.images  # so that one sees where a batch comes from
+        own.kept = own.images, 255 - own.images  # so that we see where a batch comes from
     for (x, y), (x0, y0) in zip(kept.train, plain.train, strict=True):
         assert torch.equal(x, 255 - x0) and torch.equal(y, y0)
     for i in range(2):

@@ -51,7 +51,7 @@ def parts(data: TransferData) -> list: return [data.train, data.valid, data.test
 
 
 def fingerprints(split) -> list:
-    "What tells the images of a split apart: the file, or the colour where there is none."
+    "Mark that tells the images of a split apart: the file, or the colour where there is none."
     if isinstance(split.images, list): return [str(path) for path in split.images]
     return [tuple(image[:, 0, 0].tolist()) for image in split.images]
 

@@ -111,7 +111,7 @@ def train_in_processes(rank: int, world: int) -> dict:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    "What each of a number of processes found, in all that follows; they run once."
+    "Findings of each of a number of processes, for all tests below; they run once."
     return cache(lambda world: run(all_in_processes, world, tmp_path_factory.mktemp("processes")))
 
 

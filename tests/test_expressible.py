@@ -1,4 +1,4 @@
-"What an experiment must be able to say: heads, losses, optimisers, splits; by the command and in Python."
+"Every setting that an experiment needs: heads, losses, optimisers, splits; by the command and in Python."
 import json
 from functools import partial
 from pathlib import Path

@@ -62,7 +62,7 @@ def answers(tmp_path_factory):
 
 @pytest.mark.parametrize("question", REFUSED)
 def test_refused_in_a_sentence(answers, question):
-    "What cannot work says so, and what works instead."
+    "A verb that cannot work says so, and names one that does."
     kind, text = answers[question]
     expected, words = REFUSED[question]
     assert kind == expected and words in text, text
@@ -127,7 +127,7 @@ def test_labels_of_another_kind_leave_the_probe_out(answers):
 
 
 def test_way_out_of_torch_loaders(answers):
-    "What the refusal of torch's loaders names works."
+    "The way out that the error about torch's loaders names works."
     assert answers["way_out_of_torch_loaders"] == ["train_loss", "valid_loss", "contrastive_top1"]
 
 

@@ -150,7 +150,7 @@ def test_groups_are_never_split():
 
 
 def test_a_table_through_the_command(root, tmp_path, capsys):
-    "What was understood is printed; a run goes on with the same table, and not with another."
+    "The layout that was understood is printed; a run resumes with the same table, and not with another."
     table = a_csv(root)
     options = [str(table), "--epochs", "1", "--bs", "9", "--width", "0.0625", "--precision", "fp32",
                "--out", str(tmp_path / "run")]

@@ -24,15 +24,13 @@ from simclr_nb.views.color import (
     grayscale,
 )
 from simclr_nb.views.crop import (
-    INTERPOLATIONS,
     RandomResizedCrop,
     central_box,
-    crop_resize,
-    resize_weights,
     sample_boxes,
     sample_boxes_tf,
 )
 from simclr_nb.views.distort import gaussian_blur
+from simclr_nb.views.resize import INTERPOLATIONS, crop_resize, resize_weights
 
 TESTS = Path(__file__).parent
 NOTES = {"_about", "inputs"}  # words about the numbers, no numbers

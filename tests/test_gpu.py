@@ -1,6 +1,6 @@
 """The benchmarks for a GPU, on a CPU and very small: pieces of a run add up to the run.
 
-Nothing here looks at a speed. What a GPU alone can show is not tested, and nowhere stated.
+Nothing here looks at a speed. Nothing that needs a GPU to be shown is tested or stated.
 """
 import json
 import pickle
@@ -55,7 +55,7 @@ def card(out: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    "A run in one piece."
+    "An uninterrupted run."
     out = tmp_path_factory.mktemp("gpu") / "whole"
     assert pieces("gpu_cifar.py", out, **CIFAR) == 1
     return out

@@ -68,7 +68,7 @@ def kill_after(process: subprocess.Popen, seconds: float) -> bool:
 
 
 def finish(call: list, log: Path) -> float:
-    "Seconds until it ended well."
+    "Seconds until it ended with exit code 0."
     start = time.monotonic()
     process = begin(call, log)
     try: process.wait(300)

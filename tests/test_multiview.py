@@ -1,7 +1,7 @@
 """CCA, canonical regression and bounds: golden numbers, any shapes and values, degenerate views.
 
 The golden numbers are of another implementation with other random draws: means of repeats, so
-they agree within standard errors. What has a closed form agrees to rounding.
+they agree within standard errors. Values with a closed form agree to rounding.
 """
 import json
 import math

@@ -1,4 +1,4 @@
-"What a command says when it cannot go on: one line, never a traceback, and the file it is about."
+"A command that cannot go on prints one line, never a traceback, and names the file."
 import json
 import os
 import re

@@ -1,4 +1,4 @@
-"Two runs into one folder: the second is refused. What kills leave behind is no obstacle, and goes."
+"Two runs into one folder: the second is refused. Files that kills leave behind are no obstacle, and are removed."
 import json
 import os
 import signal

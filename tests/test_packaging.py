@@ -147,7 +147,7 @@ def docstrings(tree: ast.AST) -> set[int]:
 
 
 def import_faults(text: str, module: str) -> list[str]:
-    "What breaks the import rule in the source of a module of the package."
+    "Imports that break the rule in the source of a module of the package."
     tree, faults = ast.parse(text), []
     for full, names in imported(tree, module):
         if full.split(".")[0] != "simclr_nb": continue

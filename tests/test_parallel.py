@@ -1,6 +1,6 @@
 """One run over many processes: the learner by `processes.run`, the command under torchrun and accelerate.
 
-What is read off the one-process run must come out of two, and a failure must end all within a minute.
+Two processes must give every result of the one-process run, and a failure must end all within a minute.
 """
 import csv
 import os
@@ -41,7 +41,7 @@ def copies(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def pretrain(settings: dict) -> dict:
-    "What a small run ends with."
+    "Final state of a small run."
     settings = dict(settings)
     torch.manual_seed(0)
     dls = simclr_dls("digits", bs=32, n_train=128, n_valid=64, seed=0, device="cpu")
@@ -72,7 +72,7 @@ def learners_in_processes(rank: int, world: int) -> dict:
 
 @pytest.fixture(scope="module")
 def learners(tmp_path_factory):
-    "What each of a number of processes ends with; they run once."
+    "Final state of each of a number of processes; they run once."
     return cache(lambda world: run(learners_in_processes, world, tmp_path_factory.mktemp("learn")))
 
 
@@ -139,7 +139,7 @@ def begin(out: Path, launcher: str, *options: str, program: tuple = ("-m", "simc
 
 
 def finish(process: subprocess.Popen, timeout: float = 120) -> str:
-    "What it printed; fails where it does not end."
+    "Its printed output; fails where it does not end."
     try: return process.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
         process.kill()

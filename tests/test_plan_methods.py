@@ -106,7 +106,7 @@ def test_operations_of_simclr_too():
 
 @pytest.mark.parametrize("method", STEPS)
 def test_saved_bytes_are_those_of_a_step(method):
-    "What autograd keeps for the backward pass, besides weights and the views."
+    "Tensors that autograd keeps for the backward pass, besides weights and the views."
     learn, views = learner(method)
     own = {t.untyped_storage().data_ptr() for t in (views, *learn.model.parameters(),
                                                     *learn.model.buffers())}

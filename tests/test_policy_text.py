@@ -1,4 +1,4 @@
-"What a policy says of itself at a size, and run folders from before it said so."
+"The text of a policy at a size, and run folders from before that text."
 import json
 
 import pytest

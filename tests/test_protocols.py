@@ -156,7 +156,7 @@ def evaluate(protocol: Protocol, encoder, dls, seed: int = 1) -> Result:
 
 
 def decisions(result: Result) -> dict:
-    "What a card says, but for measured times and memory, and for what was scored."
+    "Facts of a card, without measured times, memory and scores."
     measured = {"seconds", "images_per_second", "peak_memory_mib", "values", "top_5"}
     return {k: v for k, v in result.card.items() if k not in measured}
 

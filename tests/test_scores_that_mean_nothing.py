@@ -140,7 +140,7 @@ def test_the_command_refuses_before_it_computes(one_each, encoder, tmp_path, cap
 
 
 def test_pretraining_goes_on_without_accuracies(one_each, tmp_path, capsys):
-    "What cannot be measured costs no run, and is said before it begins."
+    "A measure that is impossible costs no run: the error comes before the run begins."
     options = ["--width", "0.125", "--epochs", "1", "--size", "8", "--bs", "8", "--workers", "0"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

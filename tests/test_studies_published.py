@@ -70,7 +70,7 @@ def test_sentences():
 
 
 def test_one_number_in_two_tables_agrees():
-    "What the paper itself repeats; the two supervised numbers that it repeats differently are noted."
+    "Numbers that the paper itself repeats; the two supervised numbers that it repeats differently are noted."
     top_1, few = paper_table("Table 6"), paper_table("Table B.4")
     assert top_1.value("SimCLR (ours)", "ResNet-50 (4x)", "Top 1") == 76.5
     assert few.value("SimCLR (ours)", "ResNet-50", "1% labels") == 48.3

@@ -3,14 +3,17 @@
     python tools/build_docs.py          write docs/ and README.md
     python tools/build_docs.py --check  write nothing; fail if either would change
 
-The steps: nbdev's processors on each notebook, page names without the notebook's number, smalldocs'
-site, TeX to MathML, README.md from the index. Any warning is an error, and so is an address outside
-the site. Two builds of the same notebooks give the same bytes.
+The steps: nbdev's processors on each notebook, page names without the notebook's number, an overview
+of each wing, smalldocs' site with our search, TeX to MathML, notebooks to download, README.md from the
+index. Any warning is an error, and so is an address outside the site. Two builds of the same notebooks
+give the same bytes.
 """
 import argparse
+import ast
 import base64
 import filecmp
 import html
+import json
 import os
 import re
 import shutil
@@ -24,14 +27,16 @@ from types import SimpleNamespace
 os.environ.update(MPLBACKEND="agg", IN_TEST="1")  # IN_TEST: `nbdev_export()` cells do nothing
 import smalldocs.site
 import yaml
-from fastcore.nbio import read_nb, write_nb
+from fastcore.basics import AttrDict
+from fastcore.nbio import mk_cell, read_nb, write_nb
 from latex2mathml.converter import convert
 from nbdev import doclinks
 from nbdev.config import get_config
 from nbdev.processors import FilterDefaults
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from wings import NUMBER, ROOT, WINGS, rooms
+from cells import hidden_imports
+from wings import NUMBER, ROOT, WINGS, exported, rooms
 
 OUTSIDE = re.compile(r"^\s*(?:[a-z][a-z0-9+.-]*:)?//|^\s*(?:mailto|ftp):", re.I)
 URL = re.compile(r"(?:url\(|@import\s+(?!url))\s*['\"]?([^'\")\s;]+)")
@@ -44,6 +49,11 @@ TOUCH_UP = [(re.compile(a), b) for a, b in [  # what browsers space or stretch o
     (r"<mo>(&#x0221E;|[A-Za-z]{2,})</mo>", r"<mi>\1</mi>"),  # infinity, named functions
     (NESTED + r"(<mi>[a-z]{2,}</mi>)(?=<m[^o])", r'\1<mspace width="0.17em"/>'),  # log x
 ]]
+NESTED_LINK = re.compile(r"\[\[(`[^`\n]+`)\]\([^)\s]*\)\]\(")  # nbdev links a name inside a link
+DUNDER = re.compile(r"(?m)^(#{3,4} \S+\.)__(\w+)__$")  # in a heading, Markdown takes it for bold
+FIGURE = re.compile(r"<!-- picture: (\S+) (\S+) -->")  # notebook, and id of the cell that draws
+METHOD = re.compile(r'(<a [^>]*class="nav-link[^>]*>\w+\.)(?=\w)')  # may wrap at its dot
+FUSE = re.compile(r"site_libs/fuse/fuse\.min\.js")
 SPAN = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 
 
@@ -55,22 +65,45 @@ def title(notebook: Path) -> str:
     return "".join(read_nb(notebook).cells[0].source).splitlines()[0].removeprefix("# ")
 
 
+def subtitle(notebook: Path) -> str:
+    "Subtitle of a notebook: the quoted sentence below its title."
+    return "".join(read_nb(notebook).cells[0].source).split("\n> ")[1].strip()
+
+
+def overview(page: Path, dst: Path) -> str:
+    "The page of a wing: links get the titles of their notebooks, the picture comes from one of them."
+    def link(m): return f"[{title(page.parent / m[1])}]({m[1]})"
+
+    def figure(m):
+        cell = next((c for c in read_nb(page.parent / m[1]).cells if c.id == m[2]), None)
+        if cell is None or not picture(cell): raise SystemExit(f"{page}: no picture in {m[1]} {m[2]}")
+        alt, kind, content = picture(cell)
+        caption = re.search(r'(?m)^#\| fig-cap: "(.*)"$', cell.source)[1]
+        (dst / f"overview.{kind}").write_bytes(content)
+        caption = f"{caption} (from [{title(page.parent / m[1])}]({m[1]}))"
+        return f'![{caption}](overview.{kind}){{fig-alt="{alt}"}}'
+    rooms_in_order = [f"1. [{title(p)}]({p.name}). {subtitle(p)}" for p in rooms(page.parent.name)]
+    text = re.sub(r"\[\]\((\S+\.ipynb)\)", link, page.read_text("utf-8"))
+    text = text.replace("<!-- rooms -->", "## In reading order\n\n" + "\n".join(rooms_in_order))
+    return renumbered(FIGURE.sub(figure, text))
+
+
 def wing_table() -> str:
     "The table of the index: a row for each wing, its rooms as links."
     lines = ["| wing | what it is for | rooms |", "|---|---|---|"]
     for wing, about in WINGS.items():
         if about is None: continue
         links = [f"[{title(path)}]({wing}/{path.name})" for path in rooms(wing)]
-        lines.append(f"| {about[0]} | {about[1]} | {', '.join(links)} |")
+        lines.append(f"| [{about[0]}]({wing}/index.md) | {about[1]} | {', '.join(links)} |")
     return "\n".join(lines)
 
 
 def sidebar() -> list:
     "Contents of the sidebar: the index, the tutorials, then wing by wing."
     def pages(folder): return [f"{folder}/{path.name}" for path in rooms(folder)]
-    wings = [{"section": f"{about[0]}: {about[1]}", "contents": pages(wing)}
-             for wing, about in WINGS.items() if about]
-    return ["index.ipynb", {"section": "Tutorials", "contents": pages("tutorials")}, *wings]
+    def section(text, wing): return {"section": text, "href": f"{wing}/index.md", "contents": pages(wing)}
+    wings = [section(f"{about[0]}: {about[1]}", wing) for wing, about in WINGS.items() if about]
+    return ["index.ipynb", section("Tutorials", "tutorials"), *wings]
 
 
 def with_sidebar(text: str) -> str:
@@ -91,21 +124,57 @@ def own_names_only():
 
 def renumbered(text: str) -> str:
     "Take the numbers off the notebooks that links and the sidebar point to."
-    link = re.compile(r"(\]\(|^\s*- )([^)\s]*\.(?:ipynb|html))", re.M)
+    link = re.compile(r"(\]\(|^\s*- )([^()\[\]\s]*\.(?:ipynb|html))", re.M)
     return link.sub(lambda m: m[1] + bare(Path(m[2])).as_posix(), text)
+
+
+def methods(source: str) -> list[str]:
+    "Methods with a docstring that an exported cell defines inside a class, public ones, as `Class.method`."
+    if not re.search(r"(?m)^#\| *exports?\b", source) or re.search(r"(?m)^#\| *hide\b", source): return []
+    classes = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name[0] != "_"]
+    return [f"{c.name}.{m.name}" for c in classes for m in c.body
+            if isinstance(m, ast.FunctionDef) and m.name[0] != "_" and ast.get_docstring(m)]
+
+
+def with_methods(nb):
+    "Documents the methods of each exported class, each under an anchor of its own, below the class."
+    cells = []
+    for cell in nb.cells:
+        cells.append(cell)
+        if cell.cell_type != "code": continue
+        cells += [mk_cell(f"show_doc({name}, title_level=4)", metadata=AttrDict())
+                  for name in methods(cell.source)]
+    nb.cells[:] = cells
+
+
+def imports_cell(path: Path, nb):
+    "A folded cell with the imports that the page hides and its visible code needs; None where it needs none."
+    helpers = {p.stem for p in (ROOT / "tests").glob("*.py")}  # the tests' own modules are in no package
+    code = [cell.source for cell in nb.cells if cell.cell_type == "code"]
+    lines = hidden_imports(code, exported(path), helpers)
+    fold = '#| code-fold: true\n#| code-summary: "Imports for the code on this page"\n'
+    return mk_cell(fold + lines, metadata=AttrDict()) if lines else None
 
 
 def processed(path: Path):
     "A notebook as nbdev shows it: signatures in place of exported code, hidden cells gone."
     nb = read_nb(path)
+    imports = imports_cell(path, nb)
+    with_methods(nb)
     try: FilterDefaults()(nb)
     except UserWarning as warning: raise SystemExit(f"{path.name}: {warning}") from None
+    if imports:
+        first = next(i for i, cell in enumerate(nb.cells) if cell.cell_type == "code")
+        nb.cells.insert(first, imports)
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            cell.source = renumbered(cell.source.replace("<!-- wings -->", wing_table()))
+            source = NESTED_LINK.sub(r"[\1](", cell.source.replace("<!-- wings -->", wing_table()))
+            cell.source = renumbered(source)
         if cell.cell_type == "raw": cell.source = re.sub(r"(?m)^output-file: .*\n", "", cell.source)
         for out in cell.get("outputs", []):  # a terminal goes back to the start of the line at \r
             if "text" in out: out["text"] = re.sub(r"[^\n]*\r", "", "".join(out["text"]))
+            if signature := out.get("data", {}).get("text/markdown"):
+                out["data"]["text/markdown"] = DUNDER.sub(r"\1\_\_\2\_\_", "".join(signature))
     return nb
 
 
@@ -118,6 +187,7 @@ def stage(nbs: Path, dst: Path):
         if src.suffix == ".ipynb":
             if bare(out).exists(): raise SystemExit(f"{rel}: another notebook is {bare(rel)} too")
             write_nb(processed(src), bare(out))
+        elif src.name == "index.md": out.write_text(overview(src, out.parent), "utf-8")
         elif src.name == "_quarto.yml":
             out.write_text(renumbered(with_sidebar(src.read_text("utf-8"))), "utf-8")
         else: shutil.copy(src, out)
@@ -166,6 +236,46 @@ def readme(index: Path, site: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def to_download(path: Path) -> str:
+    "A notebook to run elsewhere: no outputs, and not the cell that exports the module."
+    nb = json.loads(path.read_text("utf-8"))
+    nb["cells"] = [c for c in nb["cells"] if "nbdev_export()" not in "".join(c["source"])]
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "code": cell.update(outputs=[], execution_count=None)
+    return json.dumps(nb, indent=1, ensure_ascii=False) + "\n"
+
+
+def add_downloads(nbs: Path, site: Path):
+    "Each notebook beside its page, and below the title of the page a link to it."
+    for path in sorted(nbs.rglob("*.ipynb")):
+        rel = path.relative_to(nbs)
+        page = (site / bare(rel)).with_suffix(".html")
+        if not page.exists(): continue
+        (site / rel).write_text(to_download(path), "utf-8")
+        link = f'<p class="download"><a href="{path.name}" download>Download this notebook</a></p>'
+        text = page.read_text("utf-8")
+        before, header, after = text.partition('<header id="title-block-header"')
+        if not header: raise SystemExit(f"{page.name}: no header to put the download below")
+        page.write_text(before + header + after.replace("</header>", link + "</header>", 1), "utf-8")
+
+
+def own_search(site: Path):
+    "Our search takes the place of Fuse; its index without what nothing reads."
+    shutil.rmtree(site / "site_libs/fuse")
+    shutil.copy(Path(__file__).with_name("search.js"), site / "site_libs/search.js")
+    script = site / "site_libs/smalldocs.js"
+    before = script.read_text("utf-8")
+    after = before.replace("(w) => w.length > 1", "(w) => w.length > 3")  # a result marks no "of"
+    if after == before: raise SystemExit("smalldocs marks the words of a result otherwise now")
+    script.write_text(after, "utf-8")
+    entries = json.loads((site / "search.json").read_text("utf-8"))
+    for entry in entries:
+        entry.pop("objectID")
+        entry["text"] = entry["text"][:2500]  # sections with long code or output
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":"))
+    (site / "search.json").write_text(text, "utf-8")
+
+
 class Addresses(HTMLParser):
     "Collects what the attributes of a page refer to outside the site."
     def __init__(self):
@@ -206,8 +316,10 @@ def build(tmp: Path) -> tuple[Path, str]:
         for wing, purpose in filter(None, WINGS.values()):  # what a wing is for, on a line of its own
             body = body.replace(html.escape(f"{wing}: {purpose}"),
                                 f'{wing} <span class="wing">{html.escape(purpose)}</span>')
-        body = HERE.sub("", body)
+        body = FUSE.sub("site_libs/search.js", METHOD.sub(r"\1<wbr>", HERE.sub("", body)))
         page.write_text(SPAN.sub(mathml, body), "utf-8")
+    own_search(built.out)
+    add_downloads(get_config().nbs_path, built.out)
     for css in (built.out / "site_libs/themes").glob("*.css"):
         css.write_text(WEB_FONT.sub("", css.read_text("utf-8")), "utf-8")
     if found := outside(built.out): raise SystemExit("outside addresses:\n" + "\n".join(found))
@@ -245,4 +357,7 @@ def main():
         print(f"{'checked' if check else 'wrote'} {len(list(site.rglob('*.html')))} pages")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # each of the notebooks leaves a shell that would tidy up for a second or more

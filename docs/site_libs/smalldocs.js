@@ -149,7 +149,7 @@
     const i = text.toLowerCase().indexOf(q.toLowerCase().split(/\s+/)[0] || "");
     const start = Math.max(0, i - 60);
     let s = escapeHtml(text.slice(start, start + 200));
-    q.split(/\s+/).filter((w) => w.length > 1).forEach((w) => {
+    q.split(/\s+/).filter((w) => w.length > 3).forEach((w) => {
       s = s.replace(new RegExp("(" + w.replace(/[.*+?^${}()|[\]\\]/g, "\\$&") + ")", "ig"), "<mark>$1</mark>");
     });
     return (start ? "…" : "") + s;

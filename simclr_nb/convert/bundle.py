@@ -24,13 +24,13 @@ _LANE = 256  # Bytes
 
 
 def _shifted(crc: np.ndarray, bits: int) -> np.ndarray:
-    "Remainders after so many zero bits more."
+    "Remainders after `bits` more zero bits."
     for _ in range(bits): crc = (crc >> np.uint32(1)) ^ (_POLYNOMIAL * (crc & np.uint32(1)))
     return crc
 
 
 def _moved(crc: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    "Remainders moved on by the linear map in four tables, one for each byte."
+    "Remainders after the linear map that four tables hold, one table for each byte."
     low = tables[0][crc & 255] ^ tables[1][(crc >> 8) & 255]
     return low ^ tables[2][(crc >> 16) & 255] ^ tables[3][crc >> 24]
 
@@ -50,7 +50,7 @@ def _word_table() -> np.ndarray:
 
 
 def _remainder(data: np.ndarray) -> np.uint32:
-    "Remainder with start value 0 of bytes, `(n,)` uint8, all lanes side by side."
+    "Remainder of bytes, `(n,)` uint8, with start value 0; computes all lanes in parallel."
     lanes = -(-len(data) // _LANE)
     padded = np.zeros(lanes * _LANE, np.uint8)
     padded[len(padded) - len(data):] = data
@@ -83,7 +83,7 @@ def _masked(crc: int) -> int:
 
 # %% ../../nbs/convert/00_bundle.ipynb #faacabce
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    "A number and the place after it; raises `ValueError` where there is none."
+    "The varint at a position, and the position after it; raises `ValueError` if there is none."
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data): raise ValueError("it ends within a number")
@@ -96,7 +96,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 def parse_fields(
     message: bytes,  # A protobuf message
 ) -> Iterator[tuple[int, int | bytes]]:  # Number and value of each field
-    "Fields of a protobuf message, of which nothing is known; raises `ValueError` if damaged."
+    "Fields of a protobuf message without its schema; raises `ValueError` if it is damaged."
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
@@ -114,7 +114,7 @@ def parse_fields(
 
 # %% ../../nbs/convert/00_bundle.ipynb #77001c42
 _MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
-_LONGEST_NAME = 1000  # Of a tensor, in bytes; the longest we have seen has 180
+_LONGEST_NAME = 1000  # Length of a tensor's name, in bytes; the longest we have seen has 180
 
 
 def _block(data: bytes, offset: int, size: int) -> bytes:
@@ -129,7 +129,7 @@ def _block(data: bytes, offset: int, size: int) -> bytes:
 
 # %% ../../nbs/convert/00_bundle.ipynb #e0c4a7f4
 def _items(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    "Names and values of a block; raises `ValueError` where they do not fit into it."
+    "Names and values of a block; raises `ValueError` if they do not fit into it."
     restarts = int.from_bytes(block[-4:], "little")
     end = len(block) - 4 * (restarts + 1)
     at, name = 0, b""
@@ -145,12 +145,12 @@ def _items(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 # %% ../../nbs/convert/00_bundle.ipynb #844a1026
 def _handles(footer: bytes) -> list[int]:
-    "Places and sizes of two blocks: one that nobody uses, and the list of blocks."
+    "Offsets and sizes of two blocks: an unused one, and the list of blocks."
     numbers, at = [], 0
     for _ in range(4):
         number, at = _varint(footer, at)
         numbers.append(number)
-    if any(footer[at:40]): raise ValueError("its footer is not what it was")
+    if any(footer[at:40]): raise ValueError("its footer is damaged")
     return numbers
 
 
@@ -181,10 +181,10 @@ _SIZES = {name: 2 if name == "bfloat16" else np.dtype(name).itemsize
 
 # %% ../../nbs/convert/00_bundle.ipynb #fcdcd03e
 def _entry(value: bytes) -> Entry:
-    "One tensor of the index; raises `ValueError` for what is not readable."
+    "One tensor of the index; raises `ValueError` if we cannot read it."
     fields = {}
     for number, field in parse_fields(value):
-        if number == 7: raise ValueError("it is cut into slices; save it in one piece")
+        if number == 7: raise ValueError("it is stored in slices; save it unsliced")
         fields[number] = field
     shape = list(parse_fields(fields.get(2, b"")))
     sizes = [dict(parse_fields(dim)).get(1, 0) for number, dim in shape if number == 2]
@@ -196,7 +196,7 @@ def _entry(value: bytes) -> Entry:
 
 # %% ../../nbs/convert/00_bundle.ipynb #83b80d42
 def _expected_bytes(entry: Entry) -> int | None:
-    "Bytes that a tensor of such a type and shape has; None for text."
+    "Number of bytes of a tensor with this type and shape; None for text."
     count = 1
     for size in entry.shape: count *= size
     return None if entry.dtype == "string" else count * _SIZES[entry.dtype]
@@ -211,7 +211,7 @@ def _parsing(path: Path) -> Iterator[None]:
 
 # %% ../../nbs/convert/00_bundle.ipynb #307f16bd
 def _check_kind(path: Path, data: bytes) -> None:
-    "Raise `ValueError` for a file that is no index, and say what it is."
+    "Raise `ValueError` if a file is not an index, and say what it is."
     if data[:512].lstrip()[:1] == b"<":
         raise ValueError(f"{quoted(path)} is a web page, no checkpoint: download the file itself")
     if len(data) < 48 or data[-8:] != _MAGIC:
@@ -219,7 +219,7 @@ def _check_kind(path: Path, data: bytes) -> None:
 
 # %% ../../nbs/convert/00_bundle.ipynb #a9dacb44
 def _read_index(path: Path) -> tuple[int, dict[str, Entry]]:
-    "Number of data files, and the tensors by name; raises `ValueError`."
+    "Number of data files, and the tensors by name; raises `ValueError` for an unreadable index."
     data = path.read_bytes()
     _check_kind(path, data)
     with _parsing(path):
@@ -239,7 +239,7 @@ def _read_index(path: Path) -> tuple[int, dict[str, Entry]]:
 
 # %% ../../nbs/convert/00_bundle.ipynb #3d3ceac0
 def _in_folder(folder: Path) -> Path:
-    "Beginning of the names of a folder's checkpoint; raises `FileNotFoundError`, `ValueError`."
+    "Prefix of a folder's checkpoint; raises `FileNotFoundError` if none, `ValueError` if several."
     note = folder / "checkpoint"
     if note.is_file():
         text = note.read_bytes()[:100_000].decode(errors="replace")
@@ -255,8 +255,8 @@ def _in_folder(folder: Path) -> Path:
 
 # %% ../../nbs/convert/00_bundle.ipynb #82d92420
 def find_bundle(
-    source: str | Path,  # Folder, beginning of the names, or one of the files
-) -> Path:  # Beginning of the names: `PREFIX.index` exists
+    source: str | Path,  # Folder, common prefix of the files, or one of the files
+) -> Path:  # Common prefix of the files: `PREFIX.index` exists
     "Find a checkpoint; raises `FileNotFoundError` or `ValueError` that say what was found instead."
     path = Path(source)
     if path.is_dir(): path = _in_folder(path)
@@ -280,10 +280,10 @@ def find_bundle(
 
 # %% ../../nbs/convert/00_bundle.ipynb #0c35d193
 class Bundle:
-    "A TensorFlow checkpoint; raises `FileNotFoundError` or `ValueError` for incomplete ones."
+    "An open TensorFlow checkpoint; raises `FileNotFoundError` or `ValueError` if incomplete."
     def __init__(
         self,
-        source: str | Path,  # Folder, beginning of the names, or one of the files
+        source: str | Path,  # Folder, common prefix of the files, or one of the files
     ):
         self.prefix = find_bundle(source)
         index = self.prefix.with_name(f"{self.prefix.name}.index")
@@ -310,7 +310,7 @@ class Bundle:
 # %% ../../nbs/convert/00_bundle.ipynb #9b5d24e6
 @patch
 def _fail(self: Bundle, name: str) -> None:
-    "Raise `ValueError` for a tensor whose bytes are not what they were."
+    "Raise `ValueError` for a tensor whose bytes have changed."
     raise ValueError(f"{quoted(self.shards[self.entries[name].shard])} is damaged: the checksum"
                      f" of {quoted(name)} is wrong; download or copy it again")
 
@@ -318,9 +318,9 @@ def _fail(self: Bundle, name: str) -> None:
 @patch
 def read(
     self: Bundle,
-    name: str,  # Of a tensor, in `entries`
+    name: str,  # Name of a tensor, in `entries`
 ) -> np.ndarray:  # Its values; bfloat16 becomes float32
-    "A tensor, checked; raises `ValueError` for damaged data or text, `KeyError` for other names."
+    "Read and check a tensor; raises `ValueError` for damage or text, `KeyError` for unknown names."
     entry = self.entries[name]
     if entry.dtype == "string": raise ValueError(f"{quoted(name)} is text: use read_text")
     data = self._bytes(name)
@@ -332,9 +332,9 @@ def read(
 @patch
 def read_text(
     self: Bundle,
-    name: str,  # Of a tensor of text, in `entries`
+    name: str,  # Name of a tensor of text, in `entries`
 ) -> list[bytes]:  # Its elements, row by row
-    "Text, checked; raises `ValueError` for damaged data."
+    "Read and check a tensor of text; raises `ValueError` for damaged data."
     entry = self.entries[name]
     data, at, lengths = self._bytes(name).tobytes(), 0, []
     with _parsing(self.shards[entry.shard]):
@@ -360,7 +360,7 @@ def files(
 @patch
 def verify(
     self: Bundle,
-    name: str,  # Of a tensor or of text, in `entries`
+    name: str,  # Name of a tensor, of numbers or text, in `entries`
 ) -> None:
     "Raise `ValueError` if the bytes of a tensor are damaged."
     self.read_text(name) if self.entries[name].dtype == "string" else self.read(name)

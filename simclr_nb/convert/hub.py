@@ -21,7 +21,7 @@ from ..core.choices import check_choice
 from ..core.store import write_atomic
 
 # %% ../../nbs/convert/04_hub.ipynb #f8baaf65
-_HUB_FORMATS = {  # format: name of the library on the hub, how the encoder is loaded from there
+_HUB_FORMATS = {  # format: name of the library on the hub, code that loads the encoder from it
     "timm": ("timm", 'timm.create_model("hf-hub:{repo}", pretrained=True, num_classes=0)'),
     "huggingface": ("transformers", 'transformers.AutoModel.from_pretrained("{repo}")'),
     "safetensors": ("simclr_nb", 'simclr_nb.convert.hub.from_hub("{repo}").encoder'),
@@ -38,7 +38,7 @@ def _pixels(config: Mapping, format: str) -> str:
 
 # %% ../../nbs/convert/04_hub.ipynb #af66e24b
 def _results_text(results: Mapping) -> list[str]:
-    "Lines of the card for each result; raises `ValueError` for one that is not complete."
+    "Lines of the card for each result; raises `ValueError` if a result is incomplete."
     text = []
     for name, result in results.items():
         missing = result.missing()
@@ -51,10 +51,10 @@ def model_card(
     encoder: nn.Module,  # With `config`
     repo: str,  # Name on the hub, "name/encoder"
     format: str,  # As for `push_to_hub`
-    results: Mapping | None = None,  # Name to `Result`, of evaluations; each is printed whole
-    about: str = "",  # What else a reader should know: data, length of the training
+    results: Mapping | None = None,  # Name to `Result` of evaluations; each is printed in full
+    about: str = "",  # Further text for readers: data, length of the training
 ) -> str:  # Markdown with the header that the hub reads
-    "Model card of an encoder; raises `ValueError` for a result that lacks a part of its card."
+    "Model card of an encoder; raises `ValueError` if a result lacks a part of its result card."
     library, loading = _HUB_FORMATS[format]
     config = encoder.config
     header = ["---", f"library_name: {library}", "tags: [simclr, self-supervised]",
@@ -69,7 +69,7 @@ def model_card(
 
 # %% ../../nbs/convert/04_hub.ipynb #214cd627
 def _client(api):
-    "The given client, or the hub's; raises `ImportError` where it is not installed."
+    "The given client, or the hub's; raises `ImportError` if that is not installed."
     if api is not None: return api
     try: from huggingface_hub import HfApi
     except ImportError: raise ImportError("the hub needs: pip install huggingface_hub") from None
@@ -83,10 +83,10 @@ def push_to_hub(
     results: Mapping | None = None,  # Name to `Result`, for the card
     about: str = "",  # For the card
     private: bool = False,  # Whether only you see it
-    api: object | None = None,  # Client; that of the hub by default
+    api: object | None = None,  # Client; None: the hub's
     **kwargs,  # Options of `export_encoder`, such as `classifier`
-) -> str:  # What the client says of the upload, an address
-    "Export an encoder and upload it with its card; raises `ValueError`, or the client's errors."
+) -> str:  # Address of the upload, from the client
+    "Export and upload an encoder with its card; raises `ValueError` if inexact, or client errors."
     check_choice("format on the hub", format, _HUB_FORMATS)
     client = _client(api)
     with tempfile.TemporaryDirectory() as folder:
@@ -104,9 +104,9 @@ def push_to_hub(
 def from_hub(
     repo: str,  # Name on the hub, "name/encoder"
     revision: str | None = None,  # Branch, tag or commit; None: the newest
-    api: object | None = None,  # Client; that of the hub by default
+    api: object | None = None,  # Client; None: the hub's
     **kwargs,  # Options of `import_weights`
 ) -> ImportedModel:  # In evaluation mode
-    "Download a repository and import its weights; raises `ValueError`, or the client's errors."
+    "Download and import an encoder; raises `ValueError` for unknown weights, or client errors."
     folder = _client(api).snapshot_download(repo_id=repo, revision=revision)
     return import_weights(folder, **kwargs)

@@ -19,7 +19,8 @@ from .bundle import Bundle, parse_fields
 from ..core.choices import check_choice, quoted
 from ..model.encoder import create_encoder
 from ..model.resnet import DEPTHS
-from ..views.crop import central_box, crop_resize
+from ..views.crop import central_box
+from ..views.resize import crop_resize
 
 # %% ../../nbs/convert/01_tensorflow.ipynb #a93be9ae
 def creation_order(
@@ -38,7 +39,7 @@ def creation_order(
 
 # %% ../../nbs/convert/01_tensorflow.ipynb #effac164
 def _counts(depth: int, stem: int, selective: bool) -> tuple[int, int]:
-    "Numbers of convolutions and of BatchNorms, with so many convolutions in the stem."
+    "Numbers of convolutions and of BatchNorms, for a number of convolutions in the stem."
     block, blocks = DEPTHS[depth]
     convolutions = stem + 4 + sum(blocks) * (2 if block.expansion == 1 else 3)
     extra = sum(blocks) if selective else 0
@@ -73,7 +74,7 @@ _PARAMETERS = dict(kernel="weight", gamma="weight", beta="bias", bias="bias",
 
 # %% ../../nbs/convert/01_tensorflow.ipynb #92d4f129
 def _full_names(graph: bytes) -> dict[str, str]:
-    "Full names of variables by their keys, from an object graph; raises `ValueError`."
+    "Full names of variables by key, from an object graph; raises `ValueError` if it is damaged."
     names = {}
     for number, node in parse_fields(graph):
         if number != 1 or isinstance(node, int): continue
@@ -85,7 +86,7 @@ def _full_names(graph: bytes) -> dict[str, str]:
     return names
 
 # %% ../../nbs/convert/01_tensorflow.ipynb #45058ec7
-_REASONS = {  # pattern in a key or name: why the tensor is no weight
+_REASONS = {  # pattern in a key or name: why the tensor is not a weight
     r"/Momentum(_\d+)?$|/\.OPTIMIZER_SLOT/": "a slot of the optimiser",
     r"^optimizer/|^LARSOptimizer/": "a setting of the optimiser",
     r"memory": "the queue of the pretraining",
@@ -95,7 +96,7 @@ _REASONS = {  # pattern in a key or name: why the tensor is no weight
 
 # %% ../../nbs/convert/01_tensorflow.ipynb #fdd5dd52
 def _reason(key: str, name: str) -> str | None:
-    "Why a variable is no weight of the model; None if it may be one."
+    "Why a variable is not a weight of the model; None if it may be one."
     for pattern, reason in _REASONS.items():
         if re.search(pattern, key) or re.search(pattern, name): return reason
     return None
@@ -115,7 +116,7 @@ def _role(name: str) -> tuple[str, str, int, str] | None:
 
 # %% ../../nbs/convert/01_tensorflow.ipynb #b4c67308
 def _sorted_out(names: Mapping[str, str], ema: bool) -> tuple[dict, dict]:
-    "Keys by role, and the reason for every key without one; raises `ValueError`."
+    "Keys by role, and why each other key has none; raises `ValueError` for unknown layers."
     roles, not_used = {}, {}
     for key, name in names.items():
         reason = _reason(key, name)
@@ -141,10 +142,10 @@ def _numbered(roles: Mapping, part: str, kind: str) -> list[dict[str, str]]:
 
 # %% ../../nbs/convert/01_tensorflow.ipynb #af19af56
 def _encoder_names(roles: Mapping, shapes: Mapping) -> tuple[dict, dict[str, str]]:
-    "Options of the encoder, and its names with their keys; raises `ValueError`."
+    "Options of the encoder, and our names with their keys; raises `ValueError` for other networks."
     layers = [_numbered(roles, "encoder", kind) for kind in ("conv2d", "batch_normalization")]
     kernels = [shapes[layer["weight"]] for layer in layers[0]]
-    if not all(len(shape) == 4 for shape in kernels): raise ValueError("a kernel is no kernel")
+    if not all(len(shape) == 4 for shape in kernels): raise ValueError("a kernel is not 4-D")
     config = _architecture(kernels, len(layers[1]))
     with torch.device("meta"): order = creation_order(create_encoder(**config))
     names = {f"{place}.{parameter}": key for places, found in zip(order, layers, strict=True)
@@ -157,14 +158,14 @@ def _encoder_names(roles: Mapping, shapes: Mapping) -> tuple[dict, dict[str, str
 
 
 def _head_names(roles: Mapping) -> dict[str, str]:
-    "Names of the head with their keys: three modules a layer, linear, BatchNorm and ReLU."
+    "Our names of the head with their keys; each layer has three modules: linear, BatchNorm, ReLU."
     layers = [_numbered(roles, "head", kind) for kind in ("dense", "batch_normalization")]
     return {f"{3 * i + place}.{parameter}": key for place, found in enumerate(layers)
             for i, layer in enumerate(found) for parameter, key in layer.items()}
 
 # %% ../../nbs/convert/01_tensorflow.ipynb #6a2c6703
 def _turned(array: np.ndarray) -> np.ndarray:
-    "An array in PyTorch's layout, not copied."
+    "A view of an array in PyTorch's layout."
     return array.transpose({4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim, range(array.ndim)))
 
 # %% ../../nbs/convert/01_tensorflow.ipynb #13dd689d
@@ -187,19 +188,19 @@ def _about(bundle: Bundle, names: Mapping, parts: Mapping, ema: bool, classifier
     return about
 
 # %% ../../nbs/convert/01_tensorflow.ipynb #54d22023
-OFFICIAL_PREPROCESS = dict(  # What the official code does with a photo of more than 32 pixels
-    crop=0.875,  # Side of the central square, as a share of the shorter side
-    resize="bicubic_tf1",  # As TensorFlow 1; TensorFlow 2 has "bicubic", another grid
+OFFICIAL_PREPROCESS = dict(  # Official preprocessing of photos of more than 32 pixels
+    crop=0.875,  # Side of the central square, as a fraction of the shorter side
+    resize="bicubic_tf1",  # As in TensorFlow 1; "bicubic" is TensorFlow 2's, on another grid
     size=224,  # Pixels
 )
 
 # %% ../../nbs/convert/01_tensorflow.ipynb #ab8122a6
 def recognise_tensorflow(
-    source: str | Path,  # Folder, beginning of the names, or one of the files
-    ema: bool = False,  # Of v2's two copies, the moving average of the weights
+    source: str | Path,  # Folder, common prefix of the files, or one of the files
+    ema: bool = False,  # v2: read the copy that is the moving average of the weights
     classifier_on: int = 0,  # 0: the classifier reads h; 1: the first hidden layer of the head
 ) -> Recognised:
-    "What an official checkpoint holds; raises `FileNotFoundError` or `ValueError` for others."
+    "Recognise an official checkpoint; raises `FileNotFoundError` or `ValueError` for other files."
     check_choice("classifier_on", classifier_on, (0, 1))
     bundle = Bundle(source)
     names = {key: key for key in bundle.entries}
@@ -219,11 +220,11 @@ def recognise_tensorflow(
 
 # %% ../../nbs/convert/01_tensorflow.ipynb #1bdc0733
 class OfficialPreprocess:
-    "The official preprocessing of one photo for evaluation, as a transform."
+    "Transform that preprocesses one photo as the official evaluation does."
     def __init__(
         self,
         size: int = 224,  # Side of the result, in pixels; up to 32 nothing is cropped or resized
-        crop: float = 0.875,  # Side of the central square, as a share of the shorter side
+        crop: float = 0.875,  # Side of the central square, as a fraction of the shorter side
         resize: str = "bicubic_tf1",  # Or "bicubic", as in TensorFlow 2
     ):
         check_choice("resize", resize, ("bicubic_tf1", "bicubic"))
@@ -231,9 +232,9 @@ class OfficialPreprocess:
 
     def __call__(
         self,
-        image: Tensor,  # Photo, `(3, H, W)`, bytes, or float in [0, 1]
+        image: Tensor,  # Photo, `(3, H, W)`, uint8, or float in [0, 1]
     ) -> Tensor:  # `(3, size, size)`, float32 in [0, 1]
-        "A photo as the official code gives it to its network; raises `ValueError` for tiny ones."
+        "Crop and resize a photo as the official code does; raises `ValueError` for a tiny one."
         image = image / 255 if image.dtype == torch.uint8 else image.float()
         if self.size <= 32: return image
         box = torch.tensor([central_box(*image.shape[-2:], self.crop)])

@@ -17,9 +17,9 @@ from .processes import rank, shard_rows, world_size
 
 # %% ../../nbs/core/03_gather.ipynb #66b7d869
 def all_tensors(
-    x: Tensor,  # Of the same shape and type on all ranks
-) -> list[Tensor]:  # Those of all ranks, in order
-    "The tensors of all ranks, on every rank, without gradient."
+    x: Tensor,  # Tensor of the same shape and type on all ranks
+) -> list[Tensor]:  # Tensors of all ranks, in the order of ranks
+    "Gather the tensors of all ranks on every rank, without gradient."
     x = x.detach()
     if world_size() == 1: return [x]
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -30,8 +30,8 @@ def all_tensors(
 # %% ../../nbs/core/03_gather.ipynb #e66371b9
 def _shapes(
     x: Tensor,  # Of any shape
-) -> list[list[int]]:  # For each rank: rows, numbers in a row, bytes of a number
-    "What must agree before tensors can be gathered."
+) -> list[list[int]]:  # Per rank: rows, numbers in a row, bytes of a number
+    "Shapes of all ranks; they must agree before tensors can be gathered."
     shape = torch.tensor([len(x), math.prod(x.shape[1:]), x.element_size()], device=x.device)
     return torch.stack(all_tensors(shape)).tolist()
 
@@ -39,7 +39,7 @@ def _shapes(
 def check_equal_shards(
     x: Tensor,  # Rows of this rank, `(n, ...)`
 ) -> None:
-    "Raise `ValueError` on every rank unless all hold tensors of one shape."
+    "Raise `ValueError` on every rank unless all ranks hold tensors of the same shape."
     if world_size() == 1: return
     shapes = _shapes(x)
     if any(shape != shapes[0] for shape in shapes):
@@ -48,7 +48,7 @@ def check_equal_shards(
 
 # %% ../../nbs/core/03_gather.ipynb #beba827f
 class _GatherRows(torch.autograd.Function):
-    "Rows of all ranks forward; backward the sum of what all ranks say about one's own rows."
+    "Forward: rows of all ranks. Backward: sum of all ranks' gradients for this rank's rows."
 
     @staticmethod
     def forward(ctx, x):
@@ -59,7 +59,7 @@ class _GatherRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         g = g.clone(memory_format=torch.contiguous_format)
-        if dist.get_backend() != "nccl":  # all sums, of which this rank's slice is kept
+        if dist.get_backend() != "nccl":  # sum everything, keep this rank's slice
             dist.all_reduce(g)
             first = rank() * ctx.n
             return g[first:first + ctx.n]
@@ -69,7 +69,7 @@ class _GatherRows(torch.autograd.Function):
 
 # %% ../../nbs/core/03_gather.ipynb #5dec962c
 def gather_rows(
-    x: Tensor,  # Rows of this rank, `(n, ...)`, as many on every rank
+    x: Tensor,  # Rows of this rank, `(n, ...)`, same n on every rank
 ) -> Tensor:  # Rows of all ranks in the order of ranks, `(W n, ...)`
     "Differentiable gather; raises `ValueError` on every rank if their shapes differ."
     check_equal_shards(x)
@@ -78,7 +78,7 @@ def gather_rows(
 # %% ../../nbs/core/03_gather.ipynb #5600c8d3
 def gather_views(
     z: Tensor,  # Projections of this rank, `(2n, D)`; rows `i` and `i + n` show one image
-) -> tuple[Tensor, Tensor]:  # Those of all ranks, `(2N, D)`, same convention; this rank's rows
+) -> tuple[Tensor, Tensor]:  # Projections of all ranks, `(2N, D)`; indices of this rank's rows
     "Differentiable gather of both views; raises `ValueError` on every rank for unequal shards."
     rows = gather_rows(z)
     if len(z) % 2: raise ValueError(f"expected two views per image, got {len(z)} rows")
@@ -89,19 +89,19 @@ def gather_views(
 
 # %% ../../nbs/core/03_gather.ipynb #f9574e74
 def sum_over_ranks(
-    x: Tensor,  # Of the same shape on all ranks, such as counts of right answers
-) -> Tensor:  # Their sum, on every rank, same shape
-    "Sum without gradient; the input stays as it is."
+    x: Tensor,  # Same shape on all ranks, such as counts of correct predictions
+) -> Tensor:  # Sum over ranks, on every rank, same shape
+    "Sum a tensor over all ranks, without gradient; the input is not changed."
     x = x.detach().clone(memory_format=torch.contiguous_format)
     if world_size() > 1: dist.all_reduce(x)
     return x
 
 # %% ../../nbs/core/03_gather.ipynb #aee4bd6e
 def gather_in_order(
-    x: Tensor,  # What this rank found for its `shard_rows`, `(n_r, ...)`
-    n: int,  # Examples in all
-) -> Tensor:  # For all examples in their order, `(n, ...)`, on every rank
-    "Results of all shards, without gradient; raises `ValueError` on every rank for other lengths."
+    x: Tensor,  # Results of this rank for its `shard_rows`, `(n_r, ...)`
+    n: int,  # Total number of examples
+) -> Tensor:  # Results of all examples in order, `(n, ...)`, on every rank
+    "Gather results of all shards, without gradient; raises `ValueError` for wrong lengths."
     world = world_size()
     lengths = [len(shard_rows(n, r, world)) for r in range(world)]
     shapes = _shapes(x)

@@ -25,7 +25,7 @@ from .choices import check_choice, quoted
 def compact_figures(
     quality: int = 80,  # JPEG quality, 1 to 95
 ) -> None:
-    "Make the inline figures of this notebook JPEG; needs Jupyter (the `dev` extra)."
+    "Store the inline figures of this notebook as JPEG; needs Jupyter (the `dev` extra)."
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
     set_matplotlib_formats("jpeg", pil_kwargs={"quality": quality})
@@ -35,7 +35,7 @@ def sample_photo(
     name: str = "flower",  # "flower" or "palace"
     side: int = 224,  # Side of the square, in pixels
 ) -> Tensor:  # `(3, side, side)`, float in [0, 1]
-    "Central square of a sample photo of scikit-learn; raises `ValueError` for another name."
+    "Central square of a scikit-learn sample photo; raises `ValueError` for an unknown name."
     from sklearn.datasets import load_sample_image
 
     files = dict(flower="flower.jpg", palace="china.jpg")
@@ -56,19 +56,19 @@ COLORS = dict(
 # %% ../../nbs/core/01_show.ipynb #2238dc2e
 def figure_text(
     name: object,  # A name from the user's data, or any other text
-    most: int = 60,  # Longest text, in characters; a longer one loses its end
+    most: int = 60,  # Maximum length in characters; the end of a longer text is cut
 ) -> str:
-    "A name for a figure, shown letter by letter: no formula, no hidden label, not too long."
+    "Return a name as literal text for a figure: no formula, no hidden label, not too long."
     text = quoted(name)
     if len(text) > most: text = text[: most - 1] + "…"
     text = text.replace("$", r"\$")
-    return "\u200b" + text if text.startswith("_") else text  # no width; a legend skips a leading _
+    return "\u200b" + text if text.startswith("_") else text  # legends skip a leading _
 
 # %% ../../nbs/core/01_show.ipynb #a46b09f7
 def to_array(
     image: Tensor,  # One image, `(C, H, W)`; uint8, or float in [0, 1]
 ):  # NumPy array `(H, W, 3)`, float in [0, 1]
-    "Image as an array for matplotlib, its first channels if many; raises `ValueError` if unfit."
+    "Image as an array for matplotlib (first 1 or 3 channels); raises `ValueError` if invalid."
     if image.ndim != 3 or not len(image):
         raise ValueError(f"expected one image (3, H, W) or (1, H, W), got {tuple(image.shape)}")
     image = image[: 3 if len(image) >= 3 else 1].detach().cpu()
@@ -85,7 +85,7 @@ def image_grid(
     titles: list[str] | None = None,  # One title per image
     size: float = 1.0,  # Width of an image, in inches
 ) -> Figure:
-    "Grid of images, row by row; raises `ValueError` where there is none."
+    "Grid of images, row by row; raises `ValueError` if there are no images."
     if not len(images): raise ValueError("no image to show")
     n_cols = min(n_cols, len(images))
     n_rows = -(-len(images) // n_cols)
@@ -146,9 +146,9 @@ def histogram_grid(
 # %% ../../nbs/core/01_show.ipynb #e96f6724
 def plot_spectra(
     spectra: dict[str, Tensor],  # Name to eigenvalues in decreasing order, `(D,)`
-    scales: tuple[str, ...] = ("log",),  # One plot for each: "log" or "linear" axis
+    scales: tuple[str, ...] = ("log",),  # One plot for each y axis scale: "log" or "linear"
 ) -> Figure:
-    "Spectra relative to their largest values; raises `ValueError` for another kind of axis."
+    "Plot spectra relative to their largest values; raises `ValueError` for an unknown scale."
     if not scales: raise ValueError("no scale to plot on: give 'log', 'linear' or both")
     for scale in scales: check_choice("scale", scale, ("log", "linear"))
     width = 4.5 if len(scales) == 1 else 3.4 * len(scales)
@@ -210,10 +210,10 @@ def neighbour_gallery(
     images,  # `(M, C, H, W)` or a list of `(C, H, W)`; uint8, or float in [0, 1]
     queries: Tensor,  # Row of `images` for each query, `(n,)`
     neighbours: Tensor,  # Rows of its neighbours, nearest first, `(n, k)`
-    similarity: Tensor | None = None,  # Written above the neighbours, `(n, k)`
+    similarity: Tensor | None = None,  # Printed above the neighbours, `(n, k)`
     size: float = 1.0,  # Width of an image, in inches
 ) -> Figure:
-    "One row per query: the query, framed, then its neighbours; raises `ValueError` for no query."
+    "One row per query: framed query, then its neighbours; raises `ValueError` without a query."
     rows = torch.cat([queries[:, None], neighbours], 1)
     titles = None
     if similarity is not None:
@@ -227,8 +227,8 @@ def neighbour_gallery(
 
 # %% ../../nbs/core/01_show.ipynb #0f5d7017
 def plot_accuracies(
-    groups: dict[str, dict[str, tuple[float, float, float]]],  # Title: name: (value, low, high)
-    chance: dict[str, float] | None = None,  # Title to what guessing gives, 0 to 1
+    groups: dict[str, dict[str, tuple[float, float, float]]],  # Title -> name -> (value, low, high)
+    chance: dict[str, float] | None = None,  # Title to accuracy of guessing, 0 to 1
     size: float = 1.5,  # Width of a group, in inches
 ) -> Figure:
     "Groups of bars with their intervals, 0 to 100%; dashed: chance."
@@ -256,8 +256,8 @@ def plot_accuracies(
 # %% ../../nbs/core/01_show.ipynb #88cb06b8
 def plot_history(
     history: dict[str, list[float]],  # Column name to one value per epoch
-    groups: dict[str, list[str]],  # Title of a plot to the columns drawn in it
-    chance: dict[str, float] | None = None,  # Title of a plot to the value that guessing gives
+    groups: dict[str, list[str]],  # Title of each plot to the columns that it shows
+    chance: dict[str, float] | None = None,  # Title of a plot to the value of guessing
 ) -> Figure:
     "Curves over epochs, one plot per group; columns absent from `history` are left out."
     groups = {t: [c for c in columns if c in history] for t, columns in groups.items()}
@@ -280,7 +280,7 @@ def image_address(
     image: Tensor,  # One image, `(C, H, W)`; uint8, or float in [0, 1]
     quality: int = 80,  # JPEG quality, 1 to 95
 ) -> str:  # `data:image/jpeg;base64,...`
-    "Image as an address that needs no file."
+    "Encode an image as a `data:` URL, which needs no file."
     pixels = Image.fromarray((255 * to_array(image)).round().astype(np.uint8))
     buffer = BytesIO()
     pixels.save(buffer, "jpeg", quality=quality)
@@ -289,8 +289,8 @@ def image_address(
 # %% ../../nbs/core/01_show.ipynb #3392a531
 def figure_html(
     fig: Figure,  # The figure
-    alt: str,  # What it shows, for readers who cannot see it
-    photo: bool = False,  # JPEG instead of PNG: right for photographs, wrong for lines
+    alt: str,  # Description of the figure, for readers who cannot see it
+    photo: bool = False,  # JPEG instead of PNG: good for photographs, bad for lines
 ) -> str:  # An `<img>` element
     "Figure as an HTML image that needs no file beside it."
     from html import escape

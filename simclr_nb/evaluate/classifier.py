@@ -32,7 +32,7 @@ from ..views.policy import Policy
 def check_labelled(
     labels: Tensor,  # Class of each image, `(N,)`, -1: unknown
 ) -> None:
-    "Raise `ValueError` where an image has no label."
+    "Raise `ValueError` if an image has no label."
     if (labels < 0).any():
         raise ValueError("evaluation needs a label for every image; some have none")
 
@@ -40,11 +40,11 @@ def check_labelled(
 def labelled_rows(
     labels: Tensor,  # Class of each training image, `(N,)`
     fraction: float | None = None,  # Share to use, in (0, 1], balanced over classes
-    per_class: int | None = None,  # Or images of each class
-    train_rows: Tensor | None = None,  # Or these rows, `(M,)`, as from `match_list`
+    per_class: int | None = None,  # Or number of images per class
+    train_rows: Tensor | None = None,  # Or the rows themselves, `(M,)`, as from `match_list`
     seed: int = 0,  # Of the draw
 ) -> Tensor:  # Rows of the images whose labels may be used, `(M,)`
-    "Labelled training images, all by default; raises `ValueError` for labels that are missing."
+    "Rows of labelled training images, all by default; raises `ValueError` for missing labels."
     check_labelled(labels)
     if sum(given is not None for given in (fraction, per_class, train_rows)) > 1:
         raise ValueError("give one of fraction, per_class and train_rows")
@@ -61,9 +61,9 @@ def labelled_rows(
 # %% ../../nbs/evaluate/02_classifier.ipynb #d98f3ad4
 def describe_labels(
     labels: Tensor,  # Class of each training image, `(N,)`
-    rows: Tensor,  # Those whose labels are used, `(M,)`
+    rows: Tensor,  # Rows whose labels are used, `(M,)`
 ) -> str:
-    "How many labels there are, of how many and of each class, for a card."
+    "Number of labels used, in total and per class, as text for a card."
     each = labels[rows].bincount(minlength=int(labels.max()) + 1)
     low, high = int(each.min()), int(each.max())
     span = f"{low}" if low == high else f"{low} to {high}"
@@ -74,7 +74,7 @@ def select_images(
     dataset: ImageArrays | ImageFiles,  # Images with their labels
     rows: Tensor,  # Which to take, `(M,)`
 ) -> ImageArrays | ImageFiles:  # In the order of `rows`
-    "Some of the images of a set."
+    "Subset of a data set."
     if isinstance(dataset, ImageArrays): return ImageArrays(*dataset[rows])
     paths = [dataset.paths[i] for i in rows.tolist()]
     return ImageFiles(paths, dataset.labels[rows], dataset.crop, dataset.rules)
@@ -83,8 +83,8 @@ def select_images(
 def row_batches(
     n: int,  # Images
     bs: int,  # Rows in a batch
-    steps: int,  # Batches
-    generator: Generator | None = None,  # Of the order; torch's global one by default
+    steps: int,  # Number of batches
+    generator: Generator | None = None,  # Draws the order; torch's global one by default
 ) -> Iterator[Tensor]:  # Rows of each batch, `(bs,)`
     "Shuffled passes over rows that follow each other without a gap, so that every batch is full."
     rest = torch.empty(0, dtype=torch.long)
@@ -96,7 +96,7 @@ def row_batches(
 # %% ../../nbs/evaluate/02_classifier.ipynb #2b02af03
 @dataclass
 class _SeededCrops:
-    "Random crops of image files; a seed decides each, and not the process that draws it."
+    "Random crops of image files, each drawn from its own seed, whichever process draws it."
 
     files: ImageFiles
 
@@ -122,13 +122,13 @@ def augmented_batches(
     dataset: ImageArrays | ImageFiles,  # Images with their labels
     policy: Policy,  # Draws one view of each image; begins with its crop
     bs: int,  # Images in a batch
-    steps: int,  # Batches; a new pass begins where the last one ends
+    steps: int,  # Number of batches; a new pass begins where the last one ends
     device: torch.device | str = "cpu",  # Where the batches go
     seed: int = 0,  # Of order and views; torch's global state is left alone
-    num_workers: int = 0,  # Processes that decode image files; they do not change what is drawn
+    num_workers: int = 0,  # Processes that decode image files; does not change the crops
     memory_format: torch.memory_format = torch.channels_last,  # Of the images
 ) -> Iterator[tuple[Tensor, Tensor]]:  # `x (bs, 3, S, S)`, float in [0, 1], and labels
-    "Endless shuffled passes over labelled images, one random view of each."
+    "Batches from shuffled passes over labelled images, one random view of each image."
     order = Generator().manual_seed(seed)
     views = Generator().manual_seed(torch.randint(2**62, (), generator=order).item())
     rows = row_batches(len(dataset), bs, steps, order)
@@ -145,12 +145,12 @@ def augmented_batches(
 class Recipe:
     "How a classifier is trained, step by step; raises `ValueError` for values out of range."
 
-    steps: int  # Batches, at least 1
+    steps: int  # Number of batches, at least 1
     bs: int = 256  # Images in a batch, at least 1
-    lr: float = 0.1  # Learning rate at its peak, as it is used; cosine decay from there to 0
-    weight_decay: float = 0.0  # Of weights with more than one dimension
+    lr: float = 0.1  # Peak learning rate, already scaled to the batch; cosine decay from it to 0
+    weight_decay: float = 0.0  # Weight decay of parameters with more than one dimension
     optimizer: str = "sgd"  # A name of `OPTIMIZERS`; "sgd": Nesterov momentum 0.9
-    warmup_steps: int = 0  # Linear warm-up, a part of `steps`
+    warmup_steps: int = 0  # Steps of linear warm-up, counted in `steps`
 
     def __post_init__(self):
         if self.steps < 1: raise ValueError(f"steps must be at least 1, got {self.steps}")
@@ -160,7 +160,7 @@ class Recipe:
         self.create_optimizer([nn.Parameter(torch.zeros(1, 1))])
 
     def create_optimizer(self, params: Iterable) -> Optimizer:
-        "Optimiser of the recipe."
+        "Create the recipe's optimiser for these parameters."
         return create_optimizer(self.optimizer, params, self.lr, self.weight_decay)
 
 # %% ../../nbs/evaluate/02_classifier.ipynb #9e711f58
@@ -185,9 +185,9 @@ def __str__(self: Recipe):
 def make_recipe(
     n: int,  # Labelled images
     epochs: float,  # Passes over them
-    bs: int = 256,  # Batch size, at most `n` is used
+    bs: int = 256,  # Batch size, capped at `n`
     lr: float = 0.1,  # Learning rate for a batch of 256; scaled linearly
-    warmup_epochs: float = 0,  # Warm-up; at most a tenth of the run
+    warmup_epochs: float = 0,  # Epochs of warm-up, capped at a tenth of the run
     **kwargs,  # For `Recipe`: `optimizer`, `weight_decay`
 ) -> Recipe:
     "Recipe from passes and a base learning rate; raises `ValueError` for values out of range."
@@ -201,9 +201,9 @@ def make_recipe(
 def linear_classifier(
     dim: int,  # Width of the features
     n_classes: int,  # Number of classes
-    seed: int = 0,  # Of the weights; torch's global state is left alone
+    seed: int = 0,  # Seed of the weights; torch's global state is left alone
 ) -> nn.Linear:  # On the CPU
-    "Linear layer as the official code starts it: weights from N(0, 0.01), bias 0."
+    "Linear layer initialised as in the official code: weights from N(0, 0.01), bias 0."
     classifier = nn.utils.skip_init(nn.Linear, dim, n_classes)
     with torch.no_grad():
         classifier.weight.normal_(0, 0.01, generator=Generator().manual_seed(seed))
@@ -212,7 +212,7 @@ def linear_classifier(
 
 # %% ../../nbs/evaluate/02_classifier.ipynb #86e9a204
 def _watched(batches: Iterable, steps: int, progress: bool) -> Iterator:
-    "Batches, with a progress bar that says images/s and ETA."
+    "Yield the batches and show a progress bar with images/s and ETA."
     if not progress: return (yield from batches)
     bar = progress_bar(batches, total=steps, leave=False)
     start = time.perf_counter()
@@ -224,7 +224,7 @@ def _watched(batches: Iterable, steps: int, progress: bool) -> Iterator:
 
 
 def _loss(logits: Tensor, y: Tensor) -> Tensor:
-    "Cross-entropy; with labels `(N, C)`, of each class being there or not, summed; -1: neither."
+    "Cross-entropy; for labels `(N, C)` the sum of binary ones over classes, -1 ignored."
     if y.ndim == 1: return F.cross_entropy(logits, y)
     target = y.clamp_min(0).to(logits.dtype)
     bits = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
@@ -232,14 +232,14 @@ def _loss(logits: Tensor, y: Tensor) -> Tensor:
 
 # %% ../../nbs/evaluate/02_classifier.ipynb #817a5927
 def train_steps(
-    model: Callable,  # Module that maps x of a batch to logits `(N, C)`; all it has is trained
-    batches: Iterable,  # `(x, y)`, one for each step; y classes `(N,)`, or 0, 1, -1, `(N, C)`
+    model: Callable,  # Module that maps x to logits `(N, C)`; all its parameters are trained
+    batches: Iterable,  # `(x, y)`, one per step; y: classes `(N,)`, or 0, 1, -1 `(N, C)`
     recipe: Recipe,  # Optimiser, steps and learning rate
-    autocast: torch.dtype | None = None,  # Compute the logits in this precision; None: as they are
+    autocast: torch.dtype | None = None,  # Precision of the forward pass; None: no autocast
     progress: bool = False,  # Show a progress bar with images/s and ETA
-    loss_func: Callable = _loss,  # Of logits, float32, and y; cross-entropy by default
+    loss_func: Callable = _loss,  # Loss of float32 logits and y; cross-entropy by default
 ) -> None:
-    "Minimise a loss; raises `FloatingPointError` where training diverges."
+    "Train the model to minimise the loss; raises `FloatingPointError` if training diverges."
     opt = recipe.create_optimizer(model.parameters())
     n = recipe.steps
     for step, (x, y) in enumerate(_watched(batches, n, progress)):
@@ -247,7 +247,7 @@ def train_steps(
         opt.zero_grad()
         with torch.autocast(x.device.type, autocast, enabled=autocast is not None): out = model(x)
         loss = loss_func(out.float(), y)
-        if (step % 50 == 0 or step == n - 1) and not torch.isfinite(loss):  # seldom: it waits
+        if (step % 50 == 0 or step == n - 1) and not torch.isfinite(loss):  # rare: the check syncs
             at = f"step {step} of {n}, peak learning rate {recipe.lr:.3g}"
             raise FloatingPointError(f"the loss is not finite at {at}: lower the learning rate")
         loss.backward()
@@ -257,12 +257,12 @@ def train_steps(
 def training_card(
     recipe: Recipe,  # Steps, batch size, optimiser
     labels: Tensor,  # Class of each training image, `(N,)`
-    rows: Tensor,  # Those whose labels were used, `(M,)`
+    rows: Tensor,  # Rows whose labels were used, `(M,)`
     policy: Policy | None,  # Augmentation; None: clean images
     seconds: float,  # Time the training took
     **card,  # More facts: `protocol`, `epochs`, `seed`
 ) -> dict:
-    "What a card says of the training of a classifier whose parameters nothing has chosen."
+    "Card entries for a training run whose hyper-parameters were fixed in advance."
     augmentation = "; ".join(map(repr, policy.operators)) if policy else "none"
     return dict(optimizer=str(recipe), bs=recipe.bs, labels=describe_labels(labels, rows),
                 selection="none", augmentation=augmentation,
@@ -272,8 +272,8 @@ def training_card(
 def bn_momentum(
     n_images: int,  # Images trained on, >= 1
     bs: int = 256,  # Batch size, >= 1
-) -> float:  # Share of the new batch, as PyTorch counts, in (0, 0.1]
-    "BatchNorm momentum of B.8, for PyTorch; raises `ValueError` without images."
+) -> float:  # Weight of the new batch, PyTorch's definition, in (0, 0.1]
+    "BatchNorm momentum of B.8, for PyTorch; raises `ValueError` if an argument is below 1."
     if n_images < 1 or bs < 1:
         raise ValueError(f"expected at least 1 image and a batch of 1, got {n_images} and {bs}")
     return min(10 * bs / n_images, 0.1)

@@ -34,7 +34,7 @@ def _reduce(
     losses: Tensor,  # One per anchor, `(2N,)`
     reduction: str,  # "mean" or "none"
 ) -> Tensor:  # Scalar, or the losses as they are
-    "Mean over the anchors, if wanted; raises `ValueError` for an unknown reduction."
+    "Take the mean over the anchors if asked; raises `ValueError` for an unknown reduction."
     check_choice("reduction", reduction, ("mean", "none"))
     return losses.mean() if reduction == "mean" else losses
 
@@ -56,7 +56,7 @@ def _similarities(
     normalize: bool,  # Cosine similarity; False: dot product
     negatives: str,  # "one_view" or "two_views"
 ) -> tuple[Tensor, Tensor]:  # Positive `(2N,)`, negatives `(2N, N)` or `(2N, 2N)`
-    "Similarity to the positive and to each negative; -inf in the columns that are none."
+    "Similarity to the positive and to each negative; -inf in columns that are no negatives."
     check_choice("kind of negatives", negatives, ("one_view", "two_views"))
     compare = _both_directions if negatives == "one_view" else contrastive_logits
     logits, positive = compare(z, temperature, normalize)
@@ -71,7 +71,7 @@ def _mine(
     margin: float,  # Width of the band below the positive
     fallback: str,  # "skip" or "easiest" where no negative is in the band
 ) -> Tensor:  # All negatives `(2N, M)`, or the one chosen `(2N, 1)`; -inf where there is none
-    "The negatives to learn from; raises `ValueError` for an unknown fallback."
+    "Select the negatives to learn from; raises `ValueError` for an unknown fallback."
     check_choice("fallback", fallback, ("skip", "easiest"))
     if not semi_hard: return negative
     top = positive[:, None]
@@ -99,7 +99,7 @@ def nt_logistic(
     negatives: str = "one_view",  # "one_view": N - 1 per anchor, as in B.10; "two_views": 2N - 2
     reduce_negatives: str = "mean",  # "mean" over an anchor's negatives, or "sum"
     semi_hard: bool = False,  # Use only the most similar negative below the positive
-    fallback: str = "skip",  # Without such: positive term alone, or the "easiest" negative
+    fallback: str = "skip",  # Without one: "skip" (positive term only), or the "easiest" negative
     normalize: bool = True,  # Compare by cosine similarity; False: by dot product
     reduction: str = "mean",  # "mean" over the anchors, or "none"
 ) -> Tensor:  # Loss in nats, scalar, or `(2N,)` with `reduction="none"`; float32 or wider
@@ -112,11 +112,11 @@ def nt_logistic(
 # %% ../../nbs/loss/03_alternatives.ipynb #c9e8f99c
 def margin_triplet(
     z: Tensor,  # Projections of both views, `(2N, D)`; rows `i` and `i + N` show one image
-    margin: float = 0.8,  # Wanted lead of the positive in cosine similarity, >= 0; B.10: 0 to 1.6
+    margin: float = 0.8,  # Required lead of the positive in cosine similarity, >= 0; B.10: 0-1.6
     negatives: str = "one_view",  # "one_view": N - 1 per anchor, as in B.10; "two_views": 2N - 2
     reduce_negatives: str = "mean",  # "mean" over an anchor's negatives, or "sum"
     semi_hard: bool = False,  # Use only the most similar negative in the margin below the positive
-    fallback: str = "skip",  # Without such: loss 0, or the "easiest" negative
+    fallback: str = "skip",  # Without one: "skip" (loss 0), or the "easiest" negative
     normalize: bool = True,  # Compare by cosine similarity; False: by dot product
     reduction: str = "mean",  # "mean" over the anchors, or "none"
 ) -> Tensor:  # Loss in units of similarity, scalar, or `(2N,)` with "none"; float32 or wider
@@ -132,7 +132,7 @@ def margin_triplet(
 def debiased_nt_xent(
     z: Tensor,  # Projections of both views, `(2N, D)`; rows `i` and `i + N` show one image
     temperature: float = 0.5,  # Softmax temperature, > 0
-    tau_plus: float = 0.1,  # Chance of a negative to share the class, in [0, 1); 10 classes: 0.1
+    tau_plus: float = 0.1,  # Chance that a negative has the anchor's class, [0, 1); 10 classes: 0.1
     reduction: str = "mean",  # "mean" over the anchors, or "none"
 ) -> Tensor:  # Loss in nats, scalar, or `(2N,)` with `reduction="none"`; float32 or wider
     "Debiased contrastive loss (Chuang et al. 2020); raises `ValueError` or `TypeError`."

@@ -17,10 +17,10 @@ from .projections import comparable_views
 
 # %% ../../nbs/loss/01_contrastive.ipynb #0071f79f
 def view_groups(
-    groups: Tensor,  # Group of each image, `(N,)`, int64; -1: a group of its own
-    n: int,  # Images, N
+    groups: Tensor,  # Group of each image, `(N,)`, int64; -1: no group
+    n: int,  # Number of images, N
 ) -> Tensor:  # Group and image of each row of both views, `(2, 2N)`, int64
-    "Which rows belong together; raises `ValueError` or `TypeError` for what are no groups."
+    "Return group and image of every row; raises `ValueError` or `TypeError` for bad groups."
     if groups.dtype != torch.int64: raise TypeError(f"groups must be int64, got {groups.dtype}")
     if groups.shape != (n,):
         raise ValueError(f"expected a group for each of {n} images, got {tuple(groups.shape)}")
@@ -31,9 +31,9 @@ def view_groups(
 # %% ../../nbs/loss/01_contrastive.ipynb #1ed08a3f
 def is_kin(
     rows: Tensor,  # Group and image of some rows, from `view_groups`, `(2, A)`
-    columns: Tensor,  # Of some others, `(2, B)`
+    columns: Tensor,  # Group and image of other rows, `(2, B)`
 ) -> Tensor:  # `(A, B)`, bool
-    "Whether two rows show different images of one group: then neither is a negative."
+    "Whether two rows show different images of one group, so are not negatives of each other."
     same_group, same_image = (r[:, None] == c for r, c in zip(rows, columns, strict=True))
     return same_group & ~same_image
 
@@ -43,7 +43,7 @@ def contrastive_logits(
     temperature: float = 0.5,  # Softmax temperature, > 0
     normalize: bool = True,  # Compare by cosine similarity; False: by dot product
     candidates: str = "all",  # "all" other views, or the "other_view" of each image
-    groups: Tensor | None = None,  # Images of one group are no negatives, `(N,)` int64; -1: alone
+    groups: Tensor | None = None,  # Group per image, `(N,)` int64; no negatives within; -1: alone
 ) -> tuple[Tensor, Tensor]:  # Logits `(2N, 2N)` or `(N, N)`, and the column of each positive
     "Similarities divided by temperature, row by row; raises `ValueError` or `TypeError`."
     check_choice("candidates", candidates, ("all", "other_view"))
@@ -67,7 +67,7 @@ def nt_xent(
     temperature: float = 0.5,  # Softmax temperature, > 0
     normalize: bool = True,  # Compare by cosine similarity; False: by dot product
     reduction: str = "mean",  # "mean" over the anchors, or "none"
-    groups: Tensor | None = None,  # Images of one group are no negatives, `(N,)` int64; -1: alone
+    groups: Tensor | None = None,  # Group per image, `(N,)` int64; no negatives within; -1: alone
 ) -> Tensor:  # Loss in nats, scalar, or `(2N,)` with `reduction="none"`; float32 or wider
     "NT-Xent loss with in-batch negatives (Equation 1); raises `ValueError` or `TypeError`."
     logits, positive = contrastive_logits(z, temperature, normalize, groups=groups)

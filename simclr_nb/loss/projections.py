@@ -16,26 +16,26 @@ from torch import Tensor
 def widen(
     z: Tensor,  # Floats of any shape
 ) -> Tensor:  # Same shape, float32 or float64
-    "Half precision as float32; other floats as they are."
+    "Convert half precision to float32; return other floats unchanged."
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 # %% ../../nbs/loss/00_projections.ipynb #f4205215
 def full_precision(
-    x: Tensor,  # Of the device where it is computed, any shape
-) -> AbstractContextManager:  # For `with`
-    "Context in which autocast rounds nothing; on the meta device there is nothing to round."
+    x: Tensor,  # On the device of the computation, of any shape
+) -> AbstractContextManager:  # Use it in a `with` statement
+    "Return a context that switches autocast off; it does nothing on the meta device."
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 # %% ../../nbs/loss/00_projections.ipynb #a7515d4d
 class NotFiniteError(ValueError):
-    "Projections hold NaN or infinity, or their products overflow."
+    "Raised when projections hold NaN or infinity, or when their products overflow."
 
 # %% ../../nbs/loss/00_projections.ipynb #b3a1c321
 def _check_finite(
     size: Tensor,  # One number per row, not finite where the row is bad
-    fault: str,  # What is then wrong with the rows
+    fault: str,  # What is wrong with a bad row, for the message
 ) -> None:
-    "Raise `NotFiniteError` with the number of bad rows unless all are finite; on the CPU."
+    "Raise `NotFiniteError` with the number of bad rows, if any; checks on the CPU only."
     if size.device.type != "cpu": return
     bad = int((~size.isfinite()).sum())
     if bad:
@@ -44,7 +44,7 @@ def _check_finite(
 
 # %% ../../nbs/loss/00_projections.ipynb #25f79d71
 class _Directions(torch.autograd.Function):
-    "Rows divided by their lengths, those by their largest entries first."
+    "Rows divided by their lengths, after a division by their largest entries."
 
     @staticmethod
     def forward(ctx, z, largest):
@@ -93,13 +93,13 @@ def _check_views(
 def comparable_views(
     z: Tensor,  # Projections of both views, `(2N, D)`; rows `i` and `i + N` show one image
     temperature: float | Tensor,  # Divides the dot products, > 0
-    normalize: bool = True,  # Compare by cosine similarity; False: by dot product
+    normalize: bool = True,  # True: unit vectors (cosine similarity); False: as they are
 ) -> Tensor:  # Vectors to compare by dot products, `(2N, D)`, float32 or wider
-    "Unit vectors, or the projections as they are; raises `ValueError` or `TypeError`."
+    "Check projections, normalise them if asked; raises `ValueError` or `TypeError`."
     _check_views(z)
     check_temperature(temperature)
     if normalize: return unit_vectors(z)
     z = widen(z)
-    largest = 2 * z.detach().square().sum(1) / temperature  # twice: room for logits in bits
+    largest = 2 * z.detach().square().sum(1) / temperature  # factor 2: room for logits in bits
     _check_finite(largest, "hold NaN or infinity, or are too long for dot products")
     return z

@@ -26,8 +26,8 @@ from ..model.head import Projection
 
 # %% ../../nbs/loss/02_tiled.ipynb #c642ef1d
 def _tiles(
-    m: int,  # Anchors: the first m of
-    k: int,  # all candidates
+    m: int,  # Number of anchors, the first rows
+    k: int,  # Number of candidates, all rows
     tile: int,  # Rows and columns of a tile
 ) -> Iterator[tuple[slice, slice]]:
     "Rows and columns of each tile; among the anchors only on and above the diagonal."
@@ -37,23 +37,23 @@ def _tiles(
 
 # %% ../../nbs/loss/02_tiled.ipynb #faf75492
 def _roles(
-    rows: slice,  # Of the tile
-    columns: slice,  # Of the tile
-    m: int,  # Anchors
+    rows: slice,  # Rows of the tile
+    columns: slice,  # Columns of the tile
+    m: int,  # Number of anchors
 ) -> list[tuple[slice, slice, int]]:  # Anchors, candidates, dimension to sum over
-    "The roles of a tile: itself, and its mirror image if there is one."
+    "Return the roles of a tile: its own, and that of its mirror image if there is one."
     itself, mirror_image = (rows, columns, 1), (columns, rows, 0)
     return [itself, mirror_image] if rows != columns and columns.start < m else [itself]
 
 # %% ../../nbs/loss/02_tiled.ipynb #9b9ffc1e
 def _tile_logits(
     v: Tensor,  # Vectors whose products are logits in bits, `(K, D)`
-    rows: slice,  # Of the tile
-    columns: slice,  # Of the tile
-    buffers: Tensor,  # Two tiles, `(2, tile**2)`
+    rows: slice,  # Rows of the tile
+    columns: slice,  # Columns of the tile
+    buffers: Tensor,  # Memory for two tiles, `(2, tile**2)`
     kin: Tensor | None = None,  # From `view_groups`, `(2, K)`; None: no groups
 ) -> tuple[Tensor, Tensor]:  # Logits in bits, and a spare tile of the same shape
-    "One tile, written to the first buffer; a view is no candidate for itself."
+    "Compute one tile in the first buffer; a view is never a candidate for itself."
     a = v[rows]
     b = v[columns]
     logits, spare = (buffer[: len(a) * len(b)].view(len(a), len(b)) for buffer in buffers)
@@ -77,16 +77,16 @@ def _add_tile(
     top.copy_(highest)
 
 # %% ../../nbs/loss/02_tiled.ipynb #566f6635
-_NARROW = 60  # bits within which sums of powers need no maximum
+_NARROW = 60  # bits; sums of powers within +-60 bits need no maximum
 
 # %% ../../nbs/loss/02_tiled.ipynb #c813f791
 def _pick_positives(
     positive: Tensor,  # Logit of each anchor's positive; changed in place
-    place: Tensor,  # Of each positive along `dim`; outside of the tile: not here
+    place: Tensor,  # Index of each positive along `dim`; out of range: in another tile
     logits: Tensor,  # A tile in bits
     dim: int,  # 1: the anchors are its rows; 0: its columns
 ) -> None:
-    "Note the positives that a tile holds."
+    "Store the logits of the positives that lie in this tile."
     last = logits.shape[dim] - 1
     candidate = logits.gather(dim, place.clamp(0, last).unsqueeze(dim)).squeeze(dim)
     positive.copy_(candidate.where((place >= 0) & (place <= last), positive))
@@ -99,7 +99,7 @@ def _row_sums(
     narrow: bool,  # Whether all logits are narrow
     kin: Tensor | None = None,  # From `view_groups`, `(2, K)`
 ) -> tuple[Tensor, Tensor, Tensor]:  # Maximum, sum relative to it, positive in bits; `(M,)`
-    "What the loss needs of each row of the matrix, tile by tile."
+    "Compute what the loss needs from each row of the matrix, tile by tile."
     m = len(partner)
     buffers = v.new_empty(2, tile**2)
     top = v.new_full((m,), 0 if narrow else torch.finfo(v.dtype).min)
@@ -119,11 +119,11 @@ def _row_sums(
 def _tile_weights(
     logits: Tensor,  # A tile in bits; overwritten
     spare: Tensor,  # Memory for a tile; overwritten
-    row: tuple[Tensor, Tensor],  # Of each row `w / r`, and its maximum
-    column: tuple[Tensor, Tensor],  # The same of each column
-    narrow: bool,  # All maxima are 0
-) -> Tensor:  # `W`
-    "How strongly the views of a tile push each other."
+    row: tuple[Tensor, Tensor],  # `w / r` and maximum of each row
+    column: tuple[Tensor, Tensor],  # `w / r` and maximum of each column
+    narrow: bool,  # Whether all maxima are 0
+) -> Tensor:  # A tile of `W`
+    "Compute how strongly the views of a tile push each other."
     w_row, top_row = row
     w_column, top_column = column
     if narrow: return torch.add(w_row[:, None], w_column, out=spare).mul_(logits.exp2_())
@@ -136,7 +136,7 @@ def _gradient(
     v: Tensor,  # Vectors, `(K, D)`; the first M are anchors
     partner: Tensor,  # Row of each anchor's positive, `(M,)`
     top: Tensor,  # Maximum of each anchor's row, `(M,)`
-    total: Tensor,  # Sum relative to it, `(M,)`
+    total: Tensor,  # Sum of each row relative to `top`, `(M,)`
     kin: Tensor | None,  # From `view_groups`, `(2, K)`
     tile: int,  # Rows and columns of a tile
     narrow: bool,  # Whether all logits are narrow
@@ -159,7 +159,7 @@ def _gradient(
 
 # %% ../../nbs/loss/02_tiled.ipynb #70adec70
 class _TiledLoss(torch.autograd.Function):
-    "NT-Xent in bits of the first M of K vectors, whose products are logits in bits."
+    "NT-Xent in bits for the first M of K vectors; their products are logits in bits."
 
     @staticmethod
     def forward(ctx, v, partner, tile, narrow, kin):
@@ -190,7 +190,7 @@ def _anchors_first(
     anchors: Tensor,  # Distinct rows, `(M,)`
     k: int,  # All rows
 ) -> Tensor:  # Permutation of all rows, `(K,)`
-    "An order that begins with the anchors; raises `ValueError` or `TypeError`."
+    "Return an order of the rows with the anchors first; raises `ValueError` or `TypeError`."
     if anchors.dtype != torch.int64: raise TypeError(f"anchors must be int64, got {anchors.dtype}")
     if anchors.ndim != 1: raise ValueError(f"expected anchors (M,), got {tuple(anchors.shape)}")
     other = torch.ones(k, dtype=torch.bool, device=anchors.device).index_fill_(0, anchors, False)
@@ -207,7 +207,7 @@ def tiled_nt_xent(
     reduction: str = "mean",  # "mean" over the anchors, or "none"
     anchors: Tensor | None = None,  # Distinct rows used as anchors, `(M,)` int64; None: all
     tile: int | None = None,  # Rows and columns held at a time; None: 896 on a CPU, else 4096
-    groups: Tensor | None = None,  # Images of one group are no negatives, `(N,)` int64; -1: alone
+    groups: Tensor | None = None,  # Group per image, `(N,)` int64; no negatives within; -1: alone
 ) -> Tensor:  # Loss in nats, scalar, or `(M,)` with `reduction="none"`; float32 or wider
     "`nt_xent` in memory that grows with N, not N²; raises `ValueError` or `TypeError`."
     check_choice("reduction", reduction, ("mean", "none"))
@@ -231,8 +231,8 @@ def anchor_losses(
     temperature: float = 0.5,  # Softmax temperature, > 0
     normalize: bool = True,  # Compare by cosine similarity; False: by dot product
     anchors: Tensor | None = None,  # Distinct rows used as anchors, `(M,)` int64; None: all
-    tiled: bool | None = None,  # Never hold the whole matrix; None: from 514 views on
-    groups: Tensor | None = None,  # Images of one group are no negatives, `(N,)` int64; -1: alone
+    tiled: bool | None = None,  # Tiled or dense; None: tiled above 512 views
+    groups: Tensor | None = None,  # Group per image, `(N,)` int64; no negatives within; -1: alone
 ) -> Tensor:  # Losses in nats, `(M,)`, float32 or wider
     "NT-Xent of each anchor, dense or tiled by size; raises `ValueError` or `TypeError`."
     if len(z) > 512 if tiled is None else tiled:
@@ -245,13 +245,13 @@ def anchor_losses(
 
 # %% ../../nbs/loss/02_tiled.ipynb #c33b4837
 class NTXent(nn.Module):
-    "NT-Xent loss as a module; raises `ValueError` for a temperature that makes no sense."
+    "NT-Xent loss as a module; raises `ValueError` unless the temperature is > 0 and finite."
     def __init__(
         self,
         temperature: float = 0.5,  # Softmax temperature, > 0
         normalize: bool = True,  # Compare by cosine similarity; False: by dot product
         reduction: str = "mean",  # "mean" over the anchors; "none": one loss per image
-        tiled: bool | None = None,  # Never hold the whole matrix; None: from 514 views on
+        tiled: bool | None = None,  # Tiled or dense; None: tiled above 512 views
     ):
         super().__init__()
         check_temperature(temperature)
@@ -277,7 +277,7 @@ def losses(
     z: Tensor,  # Projections of both views, `(2N, D)`
     anchors: Tensor | None = None,  # Distinct rows used as anchors, `(M,)` int64; None: all
 ) -> Tensor:  # Losses in nats, `(M,)`; all NaN if `z` is not finite
-    "NT-Xent of each anchor; raises `ValueError` or `TypeError` for what are no views."
+    "NT-Xent of each anchor; raises `ValueError` or `TypeError` for invalid views."
     try: return anchor_losses(z, self.temperature, self.normalize, anchors, self.tiled)
     except NotFiniteError:
         rows = z if anchors is None else z[anchors]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 # %% ../../nbs/measure/04_metrics.ipynb #4d7b4881
 def _check_scores(scores: Tensor, y: Tensor) -> None:
-    "Refuse scores that are not `(N, C)`, hold NaN, or do not fit labels `(N,)` in `[0, C)`."
+    "Raise `ValueError` unless scores are `(N, C)` without NaN and labels `(N,)` in `[0, C)`."
     if scores.ndim < 2 or y.shape != scores.shape[:-1] or not y.numel():
         raise ValueError(f"expected scores (N, C) and labels (N,), N at least 1, "
                          f"got {tuple(scores.shape)} and {tuple(y.shape)}")
@@ -25,11 +25,11 @@ def _check_scores(scores: Tensor, y: Tensor) -> None:
 
 # %% ../../nbs/measure/04_metrics.ipynb #6e8dff3c
 def top_k_correct(
-    scores: Tensor,  # Score of each class, higher for the likelier, `(N, C)` or `(S, N, C)`
+    scores: Tensor,  # Score of each class, higher: more likely, `(N, C)` or `(S, N, C)`
     y: Tensor,  # Labels, `(N,)` or `(S, N)`, from 0 to C - 1
-    k: int = 1,  # Classes that may be named, 1 to C
+    k: int = 1,  # Number of classes that count as the answer, 1 to C
 ) -> Tensor:  # `(N,)` or `(S, N)`, bool
-    "Is the class among the `k` of highest score? Ties: lower class first; raises `ValueError`."
+    "Is the class among the top `k`? Ties: lower class first; raises `ValueError` for bad shapes."
     _check_scores(scores, y)
     if not 1 <= k <= scores.shape[-1]:
         raise ValueError(f"k must be 1 to {scores.shape[-1]} classes, got {k}")
@@ -39,18 +39,18 @@ def top_k_correct(
 
 # %% ../../nbs/measure/04_metrics.ipynb #cdbc1c7d
 def top_k_accuracy(
-    scores: Tensor,  # Score of each class, higher for the likelier, `(N, C)` or `(S, N, C)`
+    scores: Tensor,  # Score of each class, higher: more likely, `(N, C)` or `(S, N, C)`
     y: Tensor,  # Labels, `(N,)` or `(S, N)`, from 0 to C - 1
-    k: int = 1,  # Classes that may be named, 1 to C
+    k: int = 1,  # Number of classes that count as the answer, 1 to C
 ) -> Tensor:  # Scalar, or `(S,)`; float64, 0 to 1
-    "Share of examples whose class is among the `k` of highest score (see `top_k_correct`)."
+    "Share of examples whose class is among the top `k` (see `top_k_correct`)."
     return top_k_correct(scores, y, k).double().mean(-1)
 
 # %% ../../nbs/measure/04_metrics.ipynb #5ca8b563
 def class_weights(
     y: Tensor,  # Labels, `(N,)` or `(S, N)`, at least 0
-) -> Tensor:  # Same shape, float64, sum 1; the same sum for each class that is present
-    "Weights that turn a mean over examples into one over classes; raises `ValueError`."
+) -> Tensor:  # Same shape, float64; they sum to 1, and to the same value over each present class
+    "Weights for a mean over classes instead of examples; raises `ValueError` for bad labels."
     if not y.numel() or y.min() < 0:
         raise ValueError(f"expected labels of at least 0 for at least 1 example, got {y}")
     counts = torch.zeros(*y.shape[:-1], int(y.max()) + 1, dtype=torch.float64, device=y.device)
@@ -62,7 +62,7 @@ def mean_per_class_accuracy(
     predicted: Tensor,  # Predicted classes, `(N,)` or `(S, N)`
     y: Tensor,  # Labels, same shape, or `(N,)`
 ) -> Tensor:  # Scalar, or `(S,)`; float64, 0 to 1
-    "Mean over classes of their accuracies, absent classes left out; raises `ValueError`."
+    "Mean of the accuracies of all classes present; raises `ValueError` for unequal lengths."
     if predicted.shape[-1:] != y.shape[-1:]:
         raise ValueError(f"{len(predicted)} predictions for {len(y)} labels")
     return (class_weights(y) * (predicted == y)).sum(-1)
@@ -79,7 +79,7 @@ def _ranked(scores: Tensor, labels: Tensor, ignore: Tensor | None) -> tuple[Tens
 
 
 def _ap_11(scores: Tensor, labels: Tensor, ignore: Tensor | None) -> Tensor:
-    "11-point average precision over the last dimension; NaN where there is no positive."
+    "11-point average precision over the last dimension; NaN if there is no positive."
     precision, found = _ranked(scores, labels, ignore)
     total = found[..., -1:]
     best = [precision.where(10 * found >= t * total, 0).amax(-1) for t in range(11)]
@@ -87,7 +87,7 @@ def _ap_11(scores: Tensor, labels: Tensor, ignore: Tensor | None) -> Tensor:
 
 
 def _check_ap(scores: Tensor, labels: Tensor, ignore: Tensor | None) -> None:
-    "Refuse NaN, labels that are not bool, and shapes that do not fit each other."
+    "Raise `ValueError` for NaN, labels that are not bool, and shapes that do not match."
     if labels.dtype != torch.bool: raise ValueError(f"expected bool labels, got {labels.dtype}")
     shapes = [tuple(a.shape) for a in (scores, labels, labels if ignore is None else ignore)]
     if shapes[1] != shapes[2] or shapes[0][-labels.ndim :] != shapes[1] or not labels.numel():
@@ -98,9 +98,9 @@ def _check_ap(scores: Tensor, labels: Tensor, ignore: Tensor | None) -> None:
 def average_precision_11(
     scores: Tensor,  # Higher for images more likely to hold the class, `(N,)` or `(S, N)`
     labels: Tensor,  # Whether they hold it, `(N,)` or `(S, N)`, bool
-    ignore: Tensor | None = None,  # Images that do not count ("difficult"), shape of `labels`, bool
+    ignore: Tensor | None = None,  # Images to leave out ("difficult"), shape of `labels`, bool
 ) -> Tensor:  # Scalar, or `(S,)` with NaN for a row without a positive image; float64, 0 to 1
-    "11-point average precision of PASCAL VOC 2007; raises `ValueError` without a positive image."
+    "11-point AP of PASCAL VOC 2007; raises `ValueError` if there is no positive image."
     _check_ap(scores, labels, ignore)
     ap = _ap_11(scores, labels, ignore)
     if ap.isnan().all(): raise ValueError("average precision needs a positive image; got none")
@@ -110,9 +110,9 @@ def average_precision_11(
 def mean_average_precision_11(
     scores: Tensor,  # Score of each class, `(N, C)` or `(S, N, C)`
     labels: Tensor,  # Which classes each image holds, `(N, C)` or `(S, N, C)`, bool
-    ignore: Tensor | None = None,  # What does not count ("difficult"), shape of `labels`, bool
+    ignore: Tensor | None = None,  # Entries to leave out ("difficult"), shape of `labels`, bool
 ) -> Tensor:  # Scalar, or `(S,)`; float64, 0 to 1
-    "Mean 11-point AP of the classes that have a positive image; raises `ValueError` without."
+    "Mean 11-point AP over classes with a positive image; raises `ValueError` if there is none."
     _check_ap(scores, labels, ignore)
     turned = (None if a is None else a.transpose(-1, -2) for a in (scores, labels, ignore))
     each = _ap_11(*turned)
@@ -123,10 +123,10 @@ def mean_average_precision_11(
 def multi_label_correct(
     scores: Tensor,  # Score of each class, `(N, C)`
     labels: Tensor,  # Which classes each image holds, `(N, C)`, bool
-    ignore: Tensor | None = None,  # What does not count ("difficult"), `(N, C)`, bool
-    threshold: float = 0.0,  # Scores above it say yes; 0 for logits, 0.5 for probabilities
+    ignore: Tensor | None = None,  # Entries to leave out ("difficult"), `(N, C)`, bool
+    threshold: float = 0.0,  # Scores above it mean yes; 0 for logits, 0.5 for probabilities
 ) -> Tensor:  # `(N,)`, float64, 0 to 1
-    "Share of right yes-or-no decisions of each image; raises `ValueError` where none counts."
+    "Share of right decisions per image; raises `ValueError` if an image has none that counts."
     _check_ap(scores, labels, ignore)
     counted = torch.ones_like(labels) if ignore is None else ~ignore
     if not counted.any(1).all(): raise ValueError("an image has no class that counts")

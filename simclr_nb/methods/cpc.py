@@ -51,23 +51,23 @@ class ContextNetwork(nn.Module):
 
     def forward(
         self,
-        z: Tensor,  # Of each patch, `(N, D, R, K)`
+        z: Tensor,  # Vector of each patch, `(N, D, R, K)`
     ) -> Tensor:  # Context of each position, `(N, D, R, K)`
-        "Context of each position, not negative."
+        "Context of each position, >= 0."
         for block in self.blocks: z = z + block(z)
         return F.relu(z)
 
 # %% ../../nbs/methods/06_cpc.ipynb #2f94de61
 class Predictor(nn.Module):
-    "Targets, and predictions of them from the rows above, in one direction."
+    "Targets in one direction, and their predictions from the rows above."
 
     def __init__(
         self,
         dim: int,  # Channels of z, D
-        steps: int = 1,  # Distances that are predicted, S
+        steps: int = 1,  # Number of distances to predict, S
         target_dim: int = 64,  # Channels of targets and predictions, T
         hidden: int | None = None,  # Channels inside the context network; D by default
-        blocks: int = 5,  # Its residual blocks
+        blocks: int = 5,  # Residual blocks of the context network
     ):
         super().__init__()
         self.context = ContextNetwork(dim, hidden or dim, blocks)
@@ -76,7 +76,7 @@ class Predictor(nn.Module):
 
     def forward(
         self,
-        z: Tensor,  # Of each patch, `(N, D, R, R)`, turned so that the direction is down
+        z: Tensor,  # Vector of each patch, `(N, D, R, R)`, rotated so that the direction is down
     ) -> Tensor:  # Targets, then the predictions of each distance, `(N, 1 + S, T, R, R)`
         "Targets and predictions of one direction."
         context = self.context(z)
@@ -90,9 +90,9 @@ class CPC(nn.Module):
 
     def __init__(
         self,
-        encoder: PatchEncoder,  # Gives the grid of patch vectors
-        directions: int = 4,  # 1: down; 2: left too; 4: all
-        **options,  # Of `Predictor`
+        encoder: PatchEncoder,  # Returns the grid of patch vectors
+        directions: int = 4,  # 1: down; 2: down and left; 4: all
+        **options,  # Options of `Predictor`
     ):
         super().__init__()
         if not isinstance(encoder, PatchEncoder):
@@ -107,20 +107,20 @@ class CPC(nn.Module):
         self,
         x: Tensor,  # Sheets of patches or whole images, `(N, C, S, S)`, float in [0, 1]
     ) -> Projection:  # `h`, `(N, D)`, and `z`, `(N, directions, 1 + S, T, 7, 7)`
-        "Representations, and targets with predictions for each direction, from one pass."
+        "Representations, and targets and predictions of each direction, from one pass."
         grid = self.encoder.grid(x)
         turned = [predictor(grid.rot90(i, (2, 3))) for i, predictor in enumerate(self.directions)]
         return Projection(grid.mean((2, 3)), torch.stack(turned, 1))
 
 # %% ../../nbs/methods/06_cpc.ipynb #17254665
 def prediction_logits(
-    targets: Tensor,  # Of all images, `(N, T, R, K)`
-    predictions: Tensor,  # At the positions of their contexts, of n of the images, `(n, T, R, K)`
+    targets: Tensor,  # Targets of all images, `(N, T, R, K)`
+    predictions: Tensor,  # Of n of the images, at the positions of the contexts, `(n, T, R, K)`
     ahead: int = 2,  # Rows between a context and its target, 0 to R - 2
     scale: float = 0.1,  # Multiplies the predictions
-    first: int = 0,  # Number of the first of the n images among all
+    first: int = 0,  # Index of the first of the n images among all N
 ) -> tuple[Tensor, Tensor]:  # Logits `(n (R - ahead - 1) K, N R K)`, float32 or wider; labels
-    "Scores of predictions against every target, and which is right; raises `ValueError`."
+    "Scores of predictions for all targets, and right ones; raises `ValueError` for a bad `ahead`."
     rows = targets.shape[2]
     if not 0 <= ahead < rows - 1: raise ValueError(f"ahead must be 0 to {rows - 2}, got {ahead}")
     places = torch.arange(targets[:, 0].numel(), device=targets.device).view_as(targets[:, 0])
@@ -132,13 +132,13 @@ def prediction_logits(
 
 # %% ../../nbs/methods/06_cpc.ipynb #e7c45c32
 class CPCLoss(nn.Module):
-    "CPC's loss of a model's output, over the patches of all processes; raises `ValueError`."
+    "CPC's loss over the patches of all processes; raises `ValueError` for a bad `ahead`."
 
-    over_ranks = True  # it gathers by itself
+    over_ranks = True  # the loss itself gathers the targets of all processes
 
     def __init__(
         self,
-        ahead: Sequence[int] = (2,),  # Rows between context and target, one for each prediction
+        ahead: Sequence[int] = (2,),  # Rows between context and target, one entry per distance
         scale: float = 0.1,  # Multiplies the predictions
     ):
         super().__init__()
@@ -164,7 +164,7 @@ def comparisons(
     self: CPCLoss,
     out: Projection,  # Output of `CPC`
 ) -> list[tuple[Tensor, Tensor]]:  # Logits and labels for each direction and distance
-    "Predictions of this process's images against the targets of all."
+    "Scores of this process's predictions against the targets of all processes."
     n, directions, parts = out.z.shape[:3]
     if parts != 1 + len(self.ahead): raise ValueError(
         f"expected predictions for {len(self.ahead)} distances, got {parts - 1}")
@@ -175,14 +175,14 @@ def comparisons(
 
 @patch
 def cpc_top1(self: CPCLoss, out: Projection, *labels) -> Tensor:
-    "Share of predictions whose own patch scores highest, in [0, 1]; a column of the table."
+    "Share of predictions whose own patch scores highest, in [0, 1]; a column of fastai's table."
     hits = [logits.argmax(1) == own for logits, own in self.comparisons(out)]
     return torch.cat(hits).float().mean()
 
 # %% ../../nbs/methods/06_cpc.ipynb #8601fb2d
 def sampled_loss(
-    z: Tensor,  # Of each patch, `(N, C, R, K)`
-    context: Tensor,  # Of each position, `(N, D, R, K)`
+    z: Tensor,  # Vector of each patch, `(N, C, R, K)`
+    context: Tensor,  # Context of each position, `(N, D, R, K)`
     weight: Tensor,  # W of this distance, `(D, C)`
     distance: int,  # Rows from context to target, >= 1
     negatives: Tensor,  # Targets for each prediction, in order of row, column, image; `(P, M)`
@@ -198,18 +198,18 @@ def sampled_loss(
 
 # %% ../../nbs/methods/06_cpc.ipynb #7bdb628f
 class CPCLearner(SimCLRLearner):
-    "Learner that pretrains by CPC; made by `cpc_learner`."
+    "Learner that pretrains with CPC; created by `cpc_learner`."
 
     curves = {k: v for k, v in CURVES.items() if "top-1" not in k} | {"top-1 of 49 N": ["cpc_top1"]}
 
     def pretrain(
         self,
         epochs: int,  # Passes over the training images
-        lr: float = 4e-4,  # Learning rate after the warm-up, whatever the batch size
-        warmup_epochs: float | None = None,  # Length of the warm-up; a tenth of the run
+        lr: float = 4e-4,  # Learning rate after the warm-up, for any batch size
+        warmup_epochs: float | None = None,  # Length of the warm-up; default: a tenth of the run
         cbs: list | None = None,  # More callbacks for this run
-        checkpoints: str | Path | None = None,  # Folder to save the state of the run in
-        resume: bool = False,  # Go on with the latest state in `checkpoints`, if there is one
+        checkpoints: str | Path | None = None,  # Folder for the state of the run
+        resume: bool = False,  # Continue from the latest state in `checkpoints`, if there is one
     ) -> None:
         "Pretrain with warm-up and cosine decay; raises `ValueError` for impossible settings."
         if lr <= 0: raise ValueError(f"lr must be above 0, got {lr}")
@@ -218,11 +218,11 @@ class CPCLearner(SimCLRLearner):
 
 # %% ../../nbs/methods/06_cpc.ipynb #a156aec6
 def patch_encoder(
-    arch: str | nn.Module,  # "cpc/WIDTH-DEPTH", or an encoder as it is
-    size: int | None,  # Side of the images that are cut, in pixels
-    **options,  # Of `PatchEncoder`
+    arch: str | nn.Module,  # "cpc/WIDTH-DEPTH", or an encoder, returned unchanged
+    size: int | None,  # Side of the images to cut into patches, in pixels
+    **options,  # Options of `PatchEncoder`
 ) -> nn.Module:
-    "Encoder for images of a size; raises `ValueError` for an architecture that is not CPC's."
+    "CPC's encoder for images of a size; raises `ValueError` for other architectures."
     if isinstance(arch, nn.Module): return arch
     if not arch.startswith("cpc/"):
         raise ValueError(f"CPC needs an encoder cpc/WIDTH-DEPTH, got {arch!r}")
@@ -233,19 +233,19 @@ def patch_encoder(
 def cpc_learner(
     dls: DataLoaders,  # From `simclr_dls`, of a size that is a multiple of 16
     arch: str | nn.Module = "cpc/32-2",  # "cpc/WIDTH-DEPTH", or a `PatchEncoder`
-    ahead: Sequence[int] = (2,),  # Rows between a context and what it predicts, each 0 to 5
-    directions: int = 4,  # 1: down; 4: all
+    ahead: Sequence[int] = (2,),  # Rows between a context and its target, each 0 to 5
+    directions: int = 4,  # 1: down; 2: down and left; 4: all
     scale: float = 0.1,  # Multiplies the predictions
     target_dim: int = 64,  # Channels of targets and predictions
     hidden: int | None = None,  # Channels inside the context network; those of z by default
     blocks: int = 5,  # Residual blocks of the context network
     operators: Sequence[Callable] | None = None,  # Distort patches; CPC's by default
-    policy: Policy | None = None,  # Its crop and flip are used; that of `dls` by default
-    weight_decay: float = 1e-5,  # Added to the gradient of all parameters
-    betas: tuple[float, float] = (0.8, 0.999),  # Of Adam's averages
+    policy: Policy | None = None,  # Only its crop and flip are used; by default that of `dls`
+    weight_decay: float = 1e-5,  # Weight decay, added to the gradient of all parameters
+    betas: tuple[float, float] = (0.8, 0.999),  # Decay rates of Adam's averages
     **kwargs,  # Options of `contrastive_learner`, and of fastai's `Learner`: `path`, `wd`, ...
 ) -> CPCLearner:  # Ready for `pretrain`
-    "Learner that pretrains by CPC v2 (Hénaff et al., 2020); raises `ValueError` or `TypeError`."
+    "Learner for CPC v2 (Hénaff et al., 2020); raises `ValueError`, `TypeError` for bad settings."
     check_options(cpc_learner, kwargs)
     join_processes()
     views = PatchViews(policy_for(dls, policy), operators)

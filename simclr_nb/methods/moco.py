@@ -39,11 +39,11 @@ class MoCo(nn.Module):
     def __init__(
         self,
         encoder: nn.Module,  # Maps images to h
-        head: nn.Module,  # Maps h to what is compared
+        head: nn.Module,  # Maps h to the vectors to compare
         queue: KeyQueue,  # As wide as the head's output
-        momentum: float = 0.999,  # m, share that the key encoder keeps of itself, in [0, 1)
-        symmetric: bool = False,  # Each view is query and key
-        shuffle: bool = True,  # Keys change places before they are encoded
+        momentum: float = 0.999,  # m, share of its old parameters the key encoder keeps, [0, 1)
+        symmetric: bool = False,  # Each view is both query and key
+        shuffle: bool = True,  # Shuffle the keys' images before encoding
     ):
         super().__init__()
         if not 0 <= momentum < 1: raise ValueError(f"momentum must be in [0, 1), got {momentum}")
@@ -56,7 +56,7 @@ class MoCo(nn.Module):
         self,
         x: Tensor,  # Both views, float in [0, 1], `(2N, C, H, W)`
     ) -> Projection:  # `h`, `(N, D)`; `z`, `(2N, P)`; twice as many rows if symmetric
-        "Queries and the keys of the same images; in training the key encoder moves first."
+        "Queries and keys of the same images; in training, first updates the key encoder."
         first, second = x.chunk(2)
         if self.training: self.follow()
         pairs = [(first, second), (second, first)] if self.symmetric else [(first, second)]
@@ -71,7 +71,7 @@ class MoCo(nn.Module):
 @patch
 @torch.no_grad()
 def follow(self: MoCo) -> None:
-    "Move the key encoder's parameters towards those of the query encoder (Equation 2)."
+    "Move the key encoder's parameters towards the query encoder's (Equation 2)."
     queries = [*self.encoder.parameters(), *self.head.parameters()]
     keys = list(self.key_encoder.parameters())
     torch._foreach_mul_(keys, self.momentum)
@@ -84,7 +84,7 @@ def keys(
     self: MoCo,
     x: Tensor,  # One view of each image of this process, `(n, C, H, W)`
 ) -> Tensor:  # Unit vectors, `(n, P)`
-    "Keys of images, encoded in a random order in training; processes must come here together."
+    "Keys of images, encoded in random order in training; all processes must call it together."
     if not (self.training and self.shuffle): return unit_vectors(self.key_encoder(x).z)
     images = gather_rows(x)
     order = all_tensors(torch.randperm(len(images), device=x.device))[0]
@@ -100,22 +100,22 @@ def remember(
     self: MoCo,
     out: Projection,  # Output for the batch of a step
 ) -> None:
-    "Put the keys into the queue, of first views first."
+    "Add the keys to the queue; those of first views come first."
     keys = out.z.chunk(2)[1]
     if self.symmetric: keys = torch.cat(keys.chunk(2)[::-1])
     self.queue.add(keys)
 
 # %% ../../nbs/methods/03_moco.ipynb #89509b0d
 class MoCoLoss(MemoryLoss):
-    "Cross entropy of finding a query's key among the queue; raises `ValueError` for bad numbers."
+    "Cross-entropy of a query's key against the queue; raises `ValueError` for values out of range."
 
     needs_images = False
 
     def __init__(
         self,
-        queue: KeyQueue,  # Of the model
-        temperature: float = 0.07,  # Of the scores, > 0; v2: 0.2
-        symmetric: bool = False,  # Each view is query and key: the sum of both directions
+        queue: KeyQueue,  # The model's queue
+        temperature: float = 0.07,  # Temperature of the scores, > 0; v2: 0.2
+        symmetric: bool = False,  # Each view is both query and key: sum of both directions
     ):
         super().__init__(queue)
         check_temperature(temperature)
@@ -141,28 +141,28 @@ def moco_policy(
     size: int = 224,  # Side of the views, in pixels
     strength: float = 1.0,  # Multiplies the jitter, 0 to 1.25
 ) -> Policy:
-    "Crop, jitter, colour drop and blur of MoCo v2; raises `ValueError` for another strength."
+    "MoCo v2's crop, jitter, colour drop and blur; raises `ValueError` for a bad strength."
     s = 0.4 * check_strength(strength)
     jitter = ColorJitter(s, s, s, 0.1 * strength)
     operators = [RandomResizedCrop(size, (0.2, 1.0)), jitter, RandomGrayscale(0.2), GaussianBlur()]
     return Policy("moco_v2", operators)
 
 # %% ../../nbs/methods/03_moco.ipynb #4a7876b8
-_VERSIONS = {  # kind of head, temperature, shares of the run after which the rate drops
+_VERSIONS = {  # Kind of head, temperature, shares of the run after which the rate drops
     "v1": ("linear", 0.07, (0.6, 0.8)),
     "v2": ("nonlinear", 0.2, ()),
 }
 
 
 def _check_groups(dls: DataLoaders, splits: int) -> None:
-    "Refuse groups that do not divide the batch."
+    "Raise `ValueError` if the number of groups does not divide the batch."
     batch = dls.train.bs * world_size()
     if batch % splits or splits < 1: raise ValueError(
         f"a batch of {batch} has no {splits} equal groups: choose splits that divide it")
 
 # %% ../../nbs/methods/03_moco.ipynb #79c5759d
 def refuse_micro_batch(
-    micro_batch: int | None,  # Images whose activations are held at a time
+    micro_batch: int | None,  # Images per micro-batch; None: no micro-batches
 ) -> None:
     "Raise `ValueError` for micro-batches, which MoCo does not need."
     if micro_batch is not None:
@@ -176,20 +176,20 @@ def moco_learner(
     arch: str | nn.Module = "resnet18",  # Name, "torchvision/...", "timm/...", or a module
     width: float = 1.0,  # Multiplies the channels of our encoders
     version: str = "v2",  # "v1" or "v2": head, temperature and schedule
-    temperature: float | None = None,  # Of the scores; v1 0.07, v2 0.2
-    negatives: int = 65536,  # Length of the queue, K; the authors: 4096 on CIFAR-10
-    momentum: float = 0.999,  # Of the key encoder, m; the authors: 0.99 on CIFAR-10
-    symmetric: bool = False,  # Each view is query and key
-    splits: int = 8,  # Groups of images with BatchNorm statistics of their own; 1: common ones
+    temperature: float | None = None,  # Temperature of the scores; None: v1 0.07, v2 0.2
+    negatives: int = 65536,  # Length of the queue, K; the authors use 4096 on CIFAR-10
+    momentum: float = 0.999,  # m of the key encoder; the authors use 0.99 on CIFAR-10
+    symmetric: bool = False,  # Each view is both query and key
+    splits: int = 8,  # Groups of images, each with its own BatchNorm statistics; 1: common ones
     out_dim: int = 128,  # Width of queries and keys
     stem: str = "auto",  # "cifar" (3x3, no pooling), "imagenet", or by the size of the views
     zero_init_last: bool = False,  # Residual blocks start as the identity
-    policy: Policy | None = None,  # Augmentation; that of `dls` by default
-    weight_decay: float = 1e-4,  # Added to the gradient; the authors: 5e-4 on CIFAR-10
+    policy: Policy | None = None,  # Augmentation; by default that of `dls`
+    weight_decay: float = 1e-4,  # Added to the gradient; the authors use 5e-4 on CIFAR-10
     exclude: Callable = decay_all,  # Parameter -> bool; True: no weight decay
     **kwargs,  # Options of `contrastive_learner`, and of fastai's `Learner`: `path`, `wd`, ...
 ) -> MemoryLearner:  # Ready for `pretrain`
-    "Learner that pretrains by MoCo (He et al., 2020); raises `ValueError` or `TypeError`."
+    "Learner for MoCo (He et al., 2020); raises `ValueError`, `TypeError` for bad settings."
     check_options(moco_learner, kwargs)
     check_choice("version", version, _VERSIONS)
     join_processes()

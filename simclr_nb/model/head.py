@@ -24,7 +24,7 @@ from ..core.store import parse_json, write_atomic
 
 # %% ../../nbs/model/04_head.ipynb #777979dd
 def _layer(dim: int, out_dim: int, batch_norm: bool, last: bool, bias: bool) -> list:
-    "Linear, BatchNorm (without shift if last) if asked for, and ReLU (not if last)."
+    "List the modules of a layer: Linear, perhaps BatchNorm (no shift if last), ReLU unless last."
     modules = [nn.Linear(dim, out_dim, bias=bias)]
     if batch_norm:
         modules.append(nn.BatchNorm1d(out_dim))
@@ -35,7 +35,7 @@ def _layer(dim: int, out_dim: int, batch_norm: bool, last: bool, bias: bool) -> 
 def _hidden_widths(
     dim: int, hidden_layers: int, hidden_dim: int | Sequence | None, kind: str | None
 ) -> list:
-    "Widths of the hidden layers; raises `ValueError` for options that contradict each other."
+    "Return the widths of the hidden layers; raises `ValueError` for contradictory options."
     if kind is not None: check_choice("kind of head", kind, ("identity", "linear", "nonlinear"))
     if hidden_layers < 0: raise ValueError(f"hidden_layers must be 0 or more, got {hidden_layers}")
     if kind == "nonlinear" and hidden_layers == 0:
@@ -53,10 +53,10 @@ def projection_head(
     hidden_layers: int = 1,  # Number of hidden layers; 0 makes the head linear
     hidden_dim: int | Sequence | None = None,  # Width of the hidden layers, or of each; None: `dim`
     batch_norm: bool = False,  # BatchNorm after every linear layer, as in the official code
-    kind: str | None = None,  # "identity", "linear", "nonlinear"; None: as `hidden_layers` says
-    bias: bool = False,  # Biases of the linear layers, as MoCo's heads have them
+    kind: str | None = None,  # "identity", "linear", "nonlinear"; None: from `hidden_layers`
+    bias: bool = False,  # Biases of the linear layers, as in MoCo's heads
 ) -> nn.Sequential:  # Maps `h`, `(N, dim)`, to `z`, `(N, out_dim)`
-    "Projection head, by default the one of the paper; raises `ValueError` for sizes out of range."
+    "Build a projection head, by default the paper's; raises `ValueError` for invalid options."
     hidden = _hidden_widths(dim, hidden_layers, hidden_dim, kind)
     named = [("dim", dim), ("out_dim", out_dim), *(("hidden_dim", width) for width in hidden)]
     for name, value in named:
@@ -96,7 +96,7 @@ class SimCLR(nn.Module):
         self,
         x: Tensor,  # Images, float in [0, 1], `(N, 3, H, W)`
     ) -> Projection:  # `h` and `z`
-        "Representations and projections of images."
+        "Return representations and projections of images."
         h = self.encode(x)
         return Projection(h, self.head(h))
 
@@ -104,12 +104,12 @@ class SimCLR(nn.Module):
         self,
         x: Tensor,  # Images, float in [0, 1], `(N, 3, H, W)`
     ) -> Tensor:  # Representations, `(N, D)`
-        "Representations of images; the head is not used."
+        "Return representations of images, without the head."
         return self.encoder(x)
 
 # %% ../../nbs/model/04_head.ipynb #377878ea
 def _head_to(head: nn.Module, layer: int) -> nn.Module:
-    "The part of a head up to a layer; shares its weights; raises `ValueError` for other layers."
+    "Return a head up to a layer, with shared weights; raises `ValueError` for unknown layers."
     modules = list(head) if isinstance(head, nn.Sequential) else []
     ends = [0, *(i for i, module in enumerate(modules, 1) if isinstance(module, nn.ReLU))]
     if layer == -1: return head
@@ -126,15 +126,15 @@ def features(
     x: Tensor,  # Images, float in [0, 1], `(N, 3, H, W)`
     layer: int = 0,  # 0: `h`; 1, 2, ...: hidden layer of the head after its ReLU; -1: `z`
 ) -> Tensor:  # Output of the layer, `(N, D)`
-    "Output of one layer for images; raises `ValueError` that lists the layers there are."
+    "Return one layer's output; raises `ValueError` with the list of layers for an unknown one."
     return _head_to(self.head, layer)(self.encode(x))
 
 # %% ../../nbs/model/04_head.ipynb #bc89f765
 def encoder_up_to(
     model: SimCLR,  # Encoder with `out_dim`, and head
     layer: int = 0,  # 0: `h`; 1, 2, ...: hidden layer of the head after its ReLU; -1: `z`
-) -> nn.Sequential:  # Gives the layer's output `(N, D)`; has `out_dim` (D) and `feature`
-    "A layer of encoder and head as an encoder; raises `ValueError` for layers there are not."
+) -> nn.Sequential:  # Returns the layer's output `(N, D)`; has `out_dim` (D) and `feature`
+    "Build an encoder that ends at a layer of the head; raises `ValueError` for unknown layers."
     head = _head_to(model.head, layer)
     encoder = nn.Sequential(model.encoder, head)
     widths = [m.out_features for m in head.modules() if isinstance(m, nn.Linear)]
@@ -145,10 +145,10 @@ def encoder_up_to(
 # %% ../../nbs/model/04_head.ipynb #d90b0212
 def save_head(
     head: nn.Module,  # From `projection_head`, or any module
-    path: str | Path,  # File to write, `.safetensors` by custom
-    **metadata,  # Anything to remember that JSON can hold
+    path: str | Path,  # File to write, usually `.safetensors`
+    **metadata,  # Extra entries to store in the file, of types that JSON has
 ) -> Path:  # The path written
-    "Save the weights of a head, and how ours are made again; raises `TypeError` or `OSError`."
+    "Save a head's weights, and the options of one of ours; raises `TypeError` or `OSError`."
     fields = dict(head=getattr(head, "config", None), version=__version__, metadata=metadata)
     state = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
     return write_atomic(path, save(state, metadata={"simclr_nb": json.dumps(fields)}))
@@ -156,7 +156,7 @@ def save_head(
 # %% ../../nbs/model/04_head.ipynb #ccbc4a5c
 def load_head(
     path: str | Path,  # File of `save_head`
-    head: nn.Module | None = None,  # To load into; one of ours is made by itself
+    head: nn.Module | None = None,  # Module to load into; None: build one of ours
 ) -> nn.Module:  # In evaluation mode, with `metadata`
     "Load a projection head; raises `FileNotFoundError`, or `ValueError` if it does not fit."
     if not Path(path).is_file(): raise FileNotFoundError(f"no file of a head {str(path)!r}")

@@ -31,7 +31,7 @@ DEPTHS = {  # depth: (kind of block, number of blocks in each group)
 
 # %% ../../nbs/model/02_resnet.ipynb #80cc7262
 def _group(block: type, in_channels: int, channels: int, blocks: int, stride: int, project: bool):
-    "One group of residual blocks; the first may change shape, or `project` where nothing changes."
+    "Build a group of residual blocks; the first may change the shape, or `project` anyway."
     out_channels = channels * block.expansion
     shortcut = None
     if project or stride != 1 or in_channels != out_channels:
@@ -42,7 +42,7 @@ def _group(block: type, in_channels: int, channels: int, blocks: int, stride: in
 
 # %% ../../nbs/model/02_resnet.ipynb #d09284b5
 class _SlicedConv(nn.Conv2d):
-    "1x1 convolution of every `step`-th pixel: the numbers of one with stride `step`."
+    "1x1 convolution of every `step`-th pixel; equals a convolution with stride `step`."
     def __init__(self, in_channels: int, out_channels: int, step: int):
         super().__init__(in_channels, out_channels, 1, bias=False)
         self.step = step
@@ -50,11 +50,11 @@ class _SlicedConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         "Convolve `(N, C, H, W)`."
         x = x[:, :, :: self.step, :: self.step]
-        return self._conv_forward(x, self.weight, self.bias)  # TorchScript knows no super()
+        return self._conv_forward(x, self.weight, self.bias)  # TorchScript has no super()
 
 
 def _shortcut_conv(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
-    "1x1 convolution of a shortcut, without the stride where that is not safe."
+    "Build the 1x1 convolution of a shortcut, without a stride where a stride is not safe."
     if stride > 1 and in_channels < NARROW: return _SlicedConv(in_channels, out_channels, stride)
     return conv1x1(in_channels, out_channels, stride)
 
@@ -84,7 +84,7 @@ POOLS = dict(torch=partial(nn.MaxPool2d, 3, 2, 1), same=partial(_SamePool, 3, 2)
 
 # %% ../../nbs/model/02_resnet.ipynb #931b4dda
 def _channels(width: float) -> int:
-    "Channels of the stem; raises `TypeError` or `ValueError` for a width that does not do."
+    "Channels of the stem; raises `TypeError` or `ValueError` for an invalid width."
     if isinstance(width, bool) or not isinstance(width, Real):
         raise TypeError(f"width must be a number, got {width!r}")
     if not (width > 0 and float(64 * width).is_integer()):
@@ -93,7 +93,7 @@ def _channels(width: float) -> int:
 
 
 def _groups(depth: int, channels: int, project: bool) -> list:
-    "The groups of a ResNet; each has twice the channels and half the resolution of the one before."
+    "Build the groups of a ResNet; each doubles the channels and halves the resolution."
     block, blocks = DEPTHS[depth]
     groups = []
     in_channels = channels
@@ -105,7 +105,7 @@ def _groups(depth: int, channels: int, project: bool) -> list:
 
 # %% ../../nbs/model/02_resnet.ipynb #01f9b3f4
 def _check_ratio(sk_ratio: float, depth: int) -> float:
-    "The ratio; raises `ValueError` where there are no selective kernels."
+    "Return the ratio; raises `ValueError` if it is out of range or the depth is below 50."
     if not 0 < sk_ratio <= 1: raise ValueError(f"sk_ratio must be in [0, 1], got {sk_ratio!r}")
     if DEPTHS[depth][0] is Bottleneck: return sk_ratio
     raise ValueError(f"selective kernels need bottlenecks (depth 50 and up), got depth {depth}")
@@ -128,17 +128,17 @@ def _make_selective(encoder: nn.Module, sk_ratio: float) -> None:
 
 # %% ../../nbs/model/02_resnet.ipynb #55898dee
 class ResNet(nn.Module):
-    "ResNet without classifier; raises `ValueError` or `TypeError` for options it does not know."
+    "ResNet without classifier; raises `ValueError` or `TypeError` for invalid options."
     def __init__(
         self,
         depth: int = 18,  # 18, 34, 50, 101, 152 or 200
         width: float = 1.0,  # Multiplies all channel counts, > 0; `64 * width` is whole
         stem: str = "imagenet",  # "imagenet": 7x7/2 and pooling; "cifar": 3x3/1
-        shortcut: str = "identity",  # First group: "identity" or, as officially, "projection"
+        shortcut: str = "identity",  # First group: "identity", or the official "projection"
         zero_init_last: bool = True,  # Residual blocks start as the identity
-        pool_padding: str = "torch",  # ImageNet stem: "torch" or, as officially, "same"
-        sk_ratio: float = 0.0,  # Selective kernels, from depth 50 on; 0.0625 as officially, 0: none
-        in_channels: int = 3,  # Of the images; 3: RGB
+        pool_padding: str = "torch",  # ImageNet stem: "torch", or the official "same"
+        sk_ratio: float = 0.0,  # Selective kernels, depth 50 and up; official: 0.0625; 0: none
+        in_channels: int = 3,  # Channels of the images; 3: RGB
     ):
         super().__init__()
         check_choice("depth", depth, DEPTHS)
@@ -167,7 +167,7 @@ def forward(
     self: ResNet,
     x: Tensor,  # Images, float in [0, 1], `(N, C, H, W)`, with C the encoder's `in_channels`
 ) -> Tensor:  # Representations `h`, `(N, D)`, never negative
-    "Representations of images; raises `ValueError` or `TypeError` for other images."
+    "Return representations of images; raises `ValueError` or `TypeError` for invalid input."
     if not torch.jit.is_scripting(): check_image_batch(x, self.in_channels)
     x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
     x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -177,7 +177,7 @@ def forward(
 def encoder_stem(
     size: int,  # Side of the images, in pixels, >= 1
 ) -> str:  # "cifar" or "imagenet"
-    "Stem that suits an image size: the CIFAR stem up to 64 pixels; raises `ValueError` below 1."
+    "Return the stem for an image size: CIFAR up to 64 pixels; raises `ValueError` below 1."
     if size < 1: raise ValueError(f"image size must be at least 1 pixel, got {size}")
     return "cifar" if size <= 64 else "imagenet"
 
@@ -186,7 +186,7 @@ def resnet_encoder(
     name: str,  # "resnet18", "resnet34", "resnet50", "resnet101", "resnet152" or "resnet200"
     **kwargs,  # Options of `ResNet`, without `depth`
 ) -> ResNet:
-    "ResNet by name; raises `ValueError` that lists the names for any other."
+    "Return a ResNet by name; raises `ValueError` with the list of names for an unknown one."
     depths = {f"resnet{depth}": depth for depth in DEPTHS}
     check_choice("architecture", name, depths)
     return ResNet(depths[name], **kwargs)

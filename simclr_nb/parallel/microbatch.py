@@ -24,10 +24,10 @@ from .norm import batch_norms
 # %% ../../nbs/parallel/03_microbatch.ipynb #835f0c5c
 def _chunks(
     x: Tensor,  # Both views, `(2N, ...)`
-    micro_batch: int,  # At most so many images in a chunk
-    views: int = 2,  # Rows of an image
+    micro_batch: int,  # Largest number of images in a chunk
+    views: int = 2,  # Rows per image
 ) -> list[Tensor]:  # Rows of each: first views, then second
-    "Chunks of images with all their views; raises `ValueError` if there are none."
+    "Split images into chunks with all their views; raises `ValueError` for invalid sizes."
     if len(x) % views or not len(x):
         raise ValueError(f"expected {'two' if views == 2 else views} views per image, "
                          f"got {len(x)} rows")
@@ -38,21 +38,21 @@ def _chunks(
 
 
 def _join(
-    parts: list[Tensor],  # Values of each chunk; perhaps of the first views alone
-    chunks: list[Tensor],  # Rows of each
+    parts: list[Tensor],  # Values of each chunk, of all views or only of the first
+    chunks: list[Tensor],  # Rows of each chunk
 ) -> Tensor:  # `(2N, ...)`
-    "Values of chunks, put where they belong."
+    "Put the values of chunks in the order of the batch."
     joined = torch.cat(parts)
     rows = torch.cat([rows[:len(part)] for part, rows in zip(parts, chunks, strict=True)])
     return torch.empty_like(joined).index_copy_(0, rows, joined)
 
 # %% ../../nbs/parallel/03_microbatch.ipynb #28773ba1
 class FrozenBatchNorm(_NormBase):
-    "BatchNorm that uses its running averages in training too, and leaves them alone."
+    "BatchNorm that uses its running averages in training too, and never updates them."
 
     def forward(
         self,
-        x: Tensor,  # `(N, C, ...)`
+        x: Tensor,  # Feature maps, `(N, C, ...)`
     ) -> Tensor:  # Same shape
         "Normalise by the running averages."
         averages = self.running_mean, self.running_var
@@ -60,16 +60,16 @@ class FrozenBatchNorm(_NormBase):
 
 # %% ../../nbs/parallel/03_microbatch.ipynb #3dc35303
 def _group_norm(norm: _BatchNorm, size: int | None) -> nn.GroupNorm:
-    "GroupNorm with the parameters of a BatchNorm; None: one group."
+    "Build a GroupNorm with the parameters of a BatchNorm; size None: one group."
     size = norm.num_features if size is None else math.gcd(norm.num_features, size)
-    if size == 1: size = norm.num_features  # a single number would be normalised to 0
+    if size == 1: size = norm.num_features  # a single value would become 0
     new = nn.GroupNorm(norm.num_features // size, norm.num_features, norm.eps, affine=False)
     new.affine, new.weight, new.bias = norm.affine, norm.weight, norm.bias
     return new.train(norm.training)
 
 
 def _frozen(norm: _BatchNorm) -> FrozenBatchNorm:
-    "The same layer with its statistics frozen; raises `ValueError` if it has none."
+    "Freeze the statistics of a layer; raises `ValueError` if it has none."
     if norm.running_mean is None: raise ValueError(f"{norm} has no running averages to freeze")
     norm.__class__ = FrozenBatchNorm
     return norm
@@ -78,9 +78,9 @@ def _frozen(norm: _BatchNorm) -> FrozenBatchNorm:
 def replace_norms(
     model: nn.Module,  # Any network with BatchNorm; changed in place
     kind: str = "group",  # "group"; "layer", all channels in one group; or "frozen"
-    group_size: int = 16,  # Channels in a group, or the largest common divisor of their number
+    group_size: int = 16,  # Channels in a group; if it does not divide, the greatest common divisor
 ) -> nn.Module:  # The same
-    "Make every image independent of its batch; raises `ValueError` or `TypeError`."
+    "Replace norms so that an image is independent of its batch; raises `ValueError`, `TypeError`."
     check_choice("kind of norm", kind, ("group", "layer", "frozen"))
     if group_size < 1: raise ValueError(f"group_size must be at least 1, got {group_size}")
     size = group_size if kind == "group" else None
@@ -92,21 +92,21 @@ def replace_norms(
 
 # %% ../../nbs/parallel/03_microbatch.ipynb #5baf7671
 def _random_state(
-    device: torch.device,  # Of the model
-) -> tuple:  # To be set again
-    "State of the generators that layers draw from."
+    device: torch.device,  # Device of the model
+) -> tuple:  # State for `_set_random_state`
+    "Return the state of the generators from which layers draw."
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return torch.get_rng_state(), on_device
 
 
 def _set_random_state(state: tuple, device: torch.device) -> None:
-    "Go back to a state."
+    "Restore a state of the generators."
     torch.set_rng_state(state[0])
     if state[1] is not None: torch.cuda.set_rng_state(state[1], device)
 
 # %% ../../nbs/parallel/03_microbatch.ipynb #87e29c04
 class _Buffers:
-    "Buffers of a model, which each chunk finds as the step did."
+    "Buffers of a model, the same at the start of each chunk."
 
     def __init__(self, model: nn.Module):
         self.buffers = list(model.buffers())
@@ -114,54 +114,54 @@ class _Buffers:
         self.moved = [torch.zeros_like(b) for b in self.buffers]
 
     def set(self, values: list) -> None:
-        "Give the buffers these values."
+        "Set the buffers to these values."
         for buffer, value in zip(self.buffers, values): buffer.copy_(value)
 
     def note(self, share: float) -> None:
-        "Remember how far a chunk, this share of the step, has moved them; counts: the last one."
+        "Record how a chunk, this share of the step, changed the buffers; of counts the last value."
         for buffer, start, moved in zip(self.buffers, self.start, self.moved):
             if buffer.is_floating_point(): moved.add_(buffer - start, alpha=share)
             else: moved.copy_(buffer)
 
     def end(self) -> list:
-        "Their values after the step."
+        "Return the values after the step."
         return [start + moved if start.is_floating_point() else moved
                 for start, moved in zip(self.start, self.moved)]
 
 # %% ../../nbs/parallel/03_microbatch.ipynb #b007e870
 def _projection(out: Projection) -> Projection:
-    "The same; raises `TypeError` for anything else."
+    "Return a `Projection` unchanged; raises `TypeError` for anything else."
     if isinstance(out, Projection): return out
     raise TypeError(f"expected a model that gives a Projection (h, z), got {type(out).__name__}")
 
 # %% ../../nbs/parallel/03_microbatch.ipynb #97ca3bb8
 def _autocast_of(device: str) -> dict:
-    "Arguments of `torch.autocast` that repeat the caller's autocast, without its cached weights."
+    "Return arguments of `torch.autocast` that repeat the caller's, without its cached weights."
     return dict(device_type=device, dtype=torch.get_autocast_dtype(device),
                 enabled=torch.is_autocast_enabled(device), cache_enabled=False)
 
 # %% ../../nbs/parallel/03_microbatch.ipynb #5d36a1ff
 def views_per_image(
-    model: nn.Module,  # Of a learner, perhaps wrapped for several processes
+    model: nn.Module,  # Model of a learner, perhaps wrapped for several processes
 ) -> int:
-    "Rows that a model takes for each image: two, unless it says otherwise."
+    "Return the rows that a model takes per image: its `views_per_image`, or 2 without one."
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     return getattr(inner, "views_per_image", 2)
 
 # %% ../../nbs/parallel/03_microbatch.ipynb #b16c3cad
 class _TwoPasses:
-    "Forward pass of a batch in chunks without activations, and the second one with them."
+    "A first forward pass in chunks without activations, and a second one with activations."
 
     def __init__(self, model: nn.Module, x: Tensor, micro_batch: int):
         self.model = model
         self.x = x
         self.chunks = _chunks(x, micro_batch, views_per_image(model))
-        self.states = []  # of the generators, before each chunk
+        self.states = []  # states of the generators before each chunk
         self.autocast = _autocast_of(x.device.type)
 
     @torch.no_grad()
     def first(self) -> Projection:
-        "Both outputs for all views; the buffers move on."
+        "Return `h` and `z` of all views; updates the buffers."
         model = self.model
         if isinstance(model, DistributedDataParallel): model = model.module
         buffers = _Buffers(model)
@@ -177,14 +177,14 @@ class _TwoPasses:
 
 # %% ../../nbs/parallel/03_microbatch.ipynb #a20b9134
 def _no_sync(model: nn.Module):
-    "Context in which a data-parallel model does not average its gradients."
+    "Return a context in which a data-parallel model does not average its gradients."
     return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
 
 
 @patch
 @torch.enable_grad()
 def second(self: _TwoPasses, g: Tensor) -> None:
-    "Add to the parameters' gradients what follows from that of `z`; buffers are left alone."
+    "Add the gradient that comes through `z` to the parameters; buffers stay the same."
     device = self.x.device
     buffers = _Buffers(self.model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -202,7 +202,7 @@ def micro_batched(
     x: Tensor,  # Both views, `(2N, C, H, W)`; rows `i` and `i + N` show one image
     micro_batch: int,  # Images whose activations are held at a time, >= 1
 ) -> Projection:  # `h`, `(2N, D)`, without gradient; `z`, `(2N, P)`, for a loss
-    "`model(x)` with the activations of a micro-batch; raises `ValueError` or `TypeError`."
+    "Compute `model(x)` with activations of one micro-batch; raises `ValueError` or `TypeError`."
     if x.requires_grad: raise ValueError("micro-batches give no gradient of the views: detach them")
     graph = torch.is_grad_enabled()
     if graph and isinstance(model, DistributedDataParallel): check_equal_shards(x)
@@ -213,7 +213,7 @@ def micro_batched(
 
 # %% ../../nbs/parallel/03_microbatch.ipynb #9781701b
 class MicroBatched(nn.Module):
-    "A model that is called in micro-batches."
+    "A model whose calls run in micro-batches."
 
     def __init__(
         self,
@@ -227,14 +227,14 @@ class MicroBatched(nn.Module):
     def forward(
         self,
         x: Tensor,  # Both views, `(2N, C, H, W)`
-    ) -> Projection:  # As of `micro_batched`
-        "Representations and projections."
+    ) -> Projection:  # As from `micro_batched`
+        "Return representations and projections."
         return micro_batched(self.module, x, self.micro_batch)
 
 # %% ../../nbs/parallel/03_microbatch.ipynb #21004b0e
 def bare_model(
     model: nn.Module,  # Perhaps wrapped in `MicroBatched`, in `DistributedDataParallel`, or in both
-) -> nn.Module:  # What is inside
-    "A model without wrappers."
+) -> nn.Module:  # The model inside
+    "Return a model without its wrappers."
     while isinstance(model, (MicroBatched, DistributedDataParallel)): model = model.module
     return model

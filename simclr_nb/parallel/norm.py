@@ -19,25 +19,25 @@ from ..core.processes import world_size
 
 # %% ../../nbs/parallel/01_norm.ipynb #854f1525
 def _combined_moments(
-    mean: Tensor,  # Of each piece, `(W, C)`
-    var: Tensor,  # Of each piece, biased, `(W, C)`
+    mean: Tensor,  # Mean of each piece, `(W, C)`
+    var: Tensor,  # Biased variance of each piece, `(W, C)`
     count: Tensor,  # Values in each piece, `(W,)`; 0 is allowed
 ) -> tuple[Tensor, Tensor]:  # Mean and biased variance of all pieces together, `(C,)`
-    "Mean and variance of a set from those of its pieces."
+    "Combine the means and variances of pieces into those of the whole set."
     share = (count / count.sum()).unsqueeze(1)
     total = (share * mean).sum(0)
     return total, (share * (var + (mean - total).square())).sum(0)
 
 # %% ../../nbs/parallel/01_norm.ipynb #2d4f01bf
 def _moments(
-    x: Tensor,  # `(n, C, ...)`, also of no rows
+    x: Tensor,  # This rank's values, `(n, C, ...)`; n may be 0
 ) -> Tensor:  # Mean and biased variance of each channel, and their count, `(2C + 1,)`
-    "Local statistics, float32 or wider; zeros for an empty shard."
+    "Compute local statistics in float32 or wider; zeros for an empty shard (this rank's part)."
     channels = x.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     moments = x.new_zeros(2 * channels + 1, dtype=dtype)
     if x.numel():
-        zeros = x.new_zeros(2, channels, dtype=dtype)  # running averages we do not want
+        zeros = x.new_zeros(2, channels, dtype=dtype)  # running averages, unused
         moments[:-1] = torch.cat(torch.batch_norm_update_stats(x.detach(), *zeros, 0.0))
         moments[-1] = x.numel() // channels
     return moments
@@ -46,7 +46,7 @@ def _moments(
 def _global_moments(
     x: Tensor,  # This rank's values, `(n, C, ...)`
 ) -> tuple[Tensor, Tensor, int]:  # Mean, biased variance, `(C,)`, and count over all ranks
-    "Statistics of all ranks; raises `ValueError` on every rank if there are too few values."
+    "Compute statistics of all ranks; raises `ValueError` on every rank for too few values."
     moments = torch.stack(all_tensors(_moments(x)))
     counts = moments[:, -1]
     count = int(counts.sum())
@@ -58,10 +58,10 @@ def _global_moments(
 def _gradient_sums(
     g: Tensor,  # Gradient of the output, `(n, C, ...)`
     x: Tensor,  # Input, same shape
-    mean: Tensor,  # `(C,)`
+    mean: Tensor,  # Mean over all ranks, `(C,)`
     rstd: Tensor,  # One over the standard deviation, `(C,)`
 ) -> Tensor:  # Sums of `g * x_hat` and of `g`, `(2, C)`
-    "Sums over this rank's values, in one pass of PyTorch's own kernel."
+    "Compute sums over this rank's values, in one pass of PyTorch's own kernel."
     if not x.numel(): return mean.new_zeros(2, len(mean))
     kernel = torch.ops.aten.native_batch_norm_backward
     ones = torch.ones_like(mean)
@@ -73,11 +73,11 @@ def _input_gradient(
     g: Tensor,  # Gradient of the output, `(n, C, ...)`
     x: Tensor,  # Input, same shape
     means: Tensor,  # Means of `g * x_hat` and of `g` over all ranks, `(2, C)`
-    mean: Tensor,  # Of `x` over all ranks, `(C,)`
+    mean: Tensor,  # Mean of `x` over all ranks, `(C,)`
     rstd: Tensor,  # One over the standard deviation, `(C,)`
     weight: Tensor | None,  # Scale of the output, `(C,)`; None: 1
 ) -> Tensor:  # Same shape and type as `x`
-    "Gradient of the input, to which the statistics of all ranks belong."
+    "Compute the gradient of the input, including that through the statistics of all ranks."
     along, level = means
     scale = rstd if weight is None else rstd * weight
     per_channel = -1, *[1] * (x.ndim - 2)
@@ -87,7 +87,7 @@ def _input_gradient(
 
 # %% ../../nbs/parallel/01_norm.ipynb #76637732
 class _GlobalNorm(torch.autograd.Function):
-    "Normalise by given statistics of all ranks, through which the gradient flows as well."
+    "Normalise by given statistics of all ranks; the gradient includes that of the statistics."
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, var, count, eps):
@@ -112,7 +112,7 @@ class _GlobalNorm(torch.autograd.Function):
 
 # %% ../../nbs/parallel/01_norm.ipynb #680fdbb6
 class GlobalBatchNorm(_BatchNorm):
-    "BatchNorm of 1 to 3 dimensions with statistics over all ranks; arguments of `nn.BatchNorm2d`."
+    "BatchNorm in 1 to 3 dimensions with statistics over all ranks; arguments of `nn.BatchNorm2d`."
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.ndim < 2: raise ValueError(f"expected (N, C, ...), got {tuple(x.shape)}")
@@ -121,7 +121,7 @@ class GlobalBatchNorm(_BatchNorm):
         self,
         x: Tensor,  # This rank's values, `(n, C, ...)`
     ) -> Tensor:  # Same shape
-        "Normalise; in training all ranks must come here together."
+        "Normalise; in training every rank must make this call."
         if not self.training or world_size() == 1: return super().forward(x)
         self._check_input_dim(x)
         mean, var, count = _global_moments(x)
@@ -138,7 +138,7 @@ class GlobalBatchNorm(_BatchNorm):
 
 # %% ../../nbs/parallel/01_norm.ipynb #e69038d9
 class SplitBatchNorm(_BatchNorm):
-    "BatchNorm with statistics of every S-th image, as in MoCo's code for one device."
+    "BatchNorm with statistics per group of every S-th image, as in MoCo's code for one device."
 
     splits = 1  # Groups of the batch of all processes, S; set by `to_split_batch_norm`
 
@@ -161,7 +161,7 @@ def forward(
     self: SplitBatchNorm,
     x: Tensor,  # This rank's values, `(n, C, ...)`; S / W divides n
 ) -> Tensor:  # Same shape
-    "Normalise in groups; raises `ValueError` for a batch that they do not divide."
+    "Normalise in groups; raises `ValueError` unless the groups divide the batch."
     if not self.training: return super(SplitBatchNorm, self).forward(x)
     self._check_input_dim(x)
     s = self.splits // world_size()
@@ -180,7 +180,7 @@ def forward(
 def batch_norms(
     model: nn.Module,  # Any network
 ) -> list[_BatchNorm]:  # Its BatchNorm layers
-    "All BatchNorm layers; raises `TypeError` for a kind that computes something of its own."
+    "Return all BatchNorm layers; raises `TypeError` for a layer with its own forward pass."
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     for m in layers:
         known = isinstance(m, (GlobalBatchNorm, SplitBatchNorm, nn.SyncBatchNorm))
@@ -193,10 +193,10 @@ def batch_norms(
 def to_global_batch_norm(
     model: nn.Module,  # Any network, changed in place
 ) -> nn.Module:  # The same
-    "Let all BatchNorm layers use statistics over all ranks; raises `TypeError` for unknown kinds."
+    "Make all BatchNorm layers use statistics of all ranks; raises `TypeError` for unknown kinds."
     nccl = world_size() > 1 and dist.get_backend() == "nccl"
     for layer in batch_norms(model):
-        if isinstance(layer, SplitBatchNorm): continue  # its groups are meant
+        if isinstance(layer, SplitBatchNorm): continue  # it has groups on purpose
         state = next(layer.parameters(), next(layer.buffers(), torch.empty(0)))
         layer.__class__ = nn.SyncBatchNorm if nccl and state.is_cuda else GlobalBatchNorm
         layer.process_group = None  # nn.SyncBatchNorm: all ranks
@@ -207,7 +207,7 @@ def to_split_batch_norm(
     model: nn.Module,  # Any network, changed in place
     splits: int,  # Groups of the batch of all processes, S; a multiple of their number
 ) -> nn.Module:  # The same
-    "Give each group of images statistics of its own; raises `ValueError`, or `TypeError`."
+    "Use separate statistics for each group of images; raises `ValueError` or `TypeError`."
     world = world_size()
     if splits < 1 or splits % world: raise ValueError(
         f"splits must be a multiple of {world} processes, at least {world}, got {splits}")

@@ -27,9 +27,12 @@ from ..evaluate.features import check_split, random_encoder
 from ..evaluate.result import Result, environment, speed
 from ..learner import SimCLRLearner
 from .baselines import compare_with_baselines, first_results, joined_results
-from .config import LEARNER_OPTIONS, METHODS, RunConfig, complete_config
+from .config import LEARNER_OPTIONS, METHODS, RunConfig, complete_config, preset_line
+from .findings import Finding, data_findings, encoder_findings, examined, findings_html
 from .live import LiveReportCallback, is_live_page
-from .report import report_html, run_figures
+from .steps import next_steps, steps_html
+from .report import clean_representations, html_text, report_html, run_figures
+from ..parallel.microbatch import views_per_image
 from ..train.callbacks import HistoryCallback
 from ..train.minutes import TimeBudget
 from ..train.log import LogCallback, RunLog
@@ -41,7 +44,7 @@ from fastai.torch_core import set_seed
 
 # %% ../../nbs/run/02_pretrain.ipynb #b5639cde
 def _check_folder(config: RunConfig) -> None:
-    "Refuse a folder that holds anything but the run that goes on."
+    "Raise `ValueError` for a folder that is not empty, unless the run resumes there."
     if config.resume and config.out is None: raise ValueError("resume needs a folder: out (--out)")
     if config.out is None: return
     folder = Path(config.out)
@@ -51,7 +54,7 @@ def _check_folder(config: RunConfig) -> None:
 
 # %% ../../nbs/run/02_pretrain.ipynb #807f0eca
 def _new_folder(config: RunConfig) -> Path:
-    "New folder for a run."
+    "A new folder for a run."
     if config.out is not None:
         folder = Path(config.out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,19 +71,19 @@ def _new_folder(config: RunConfig) -> Path:
 
 def _shared_folder(config: RunConfig) -> Path:
     "Folder of a run, the same for all processes."
-    all_objects(None)  # wait until all have looked at it, see `_check_folder`
+    all_objects(None)  # wait until all processes have checked it, see `_check_folder`
     return Path(from_main(_new_folder(config) if is_main() else None))
 
 # %% ../../nbs/run/02_pretrain.ipynb #475b95c2
 def _save_model(learn: SimCLRLearner, settings: dict, folder: Path) -> None:
-    "Save the encoder, and beside it the head, where there is one."
+    "Save the encoder, and the head beside it if there is one."
     learn.save_encoder(folder / "encoder.safetensors", run=settings)
     if hasattr(learn.model, "head"): learn.save_head(folder / "head.safetensors")
 
 # %% ../../nbs/run/02_pretrain.ipynb #380cd455
 def _pretrain(learn: SimCLRLearner, config: RunConfig, folder: Path, cbs: list,
               budget: TimeBudget | None) -> dict:
-    "Train and save the encoder; what the card says of it."
+    "Train and save the encoder; return facts on its training for the card."
     start = time.perf_counter()
     saving = CheckpointCallback(folder / "state", config.checkpoint_minutes, resume=config.resume)
     cbs = [HistoryCallback(folder / "history.csv"), *cbs, saving]
@@ -98,7 +101,7 @@ def _pretrain(learn: SimCLRLearner, config: RunConfig, folder: Path, cbs: list,
 class Run:
     "A finished run."
 
-    folder: Path  # Where its files are
+    folder: Path  # Folder of its files
     results: dict[str, dict[str, Result]]  # Protocol to feature to result; empty without labels
 
     def __str__(self):
@@ -119,7 +122,7 @@ def _loaders(config: RunConfig) -> SimCLRDataLoaders:
 def config_learner(
     dls: SimCLRDataLoaders,  # Images of the run
     config: RunConfig,  # Completed, by `complete_config`
-    **more,  # Options of the learner of its method, instead of those of the configuration
+    **more,  # Options of the method's learner that replace those of the configuration
 ) -> SimCLRLearner:
     "Learner of a run."
     method = METHODS[config.method]
@@ -143,7 +146,7 @@ def _evaluate(learn: SimCLRLearner, untrained: nn.Module, settings: dict, first:
 
 # %% ../../nbs/run/02_pretrain.ipynb #dab7d354
 def _can_be_scored(dls: SimCLRDataLoaders) -> bool:
-    "Whether accuracies of these images say anything; prints why not."
+    "Whether accuracies on these images are meaningful; prints why not."
     if len(dls.classes) < 2: return False
     try: check_split(dls)
     except ValueError as reason:
@@ -163,33 +166,61 @@ def _title(settings: dict) -> str:
     return f"{METHODS[settings['config']['method']].title} on {settings['data']['data']}"
 
 
-def _write_report(folder: Path, figures: dict, results: dict, settings: dict) -> None:
+def _write_report(folder: Path, figures: dict, results: dict, settings: dict,
+                  sections: dict[str, str]) -> None:
     "Write `report.html`, the last file of a run."
-    page = report_html(_title(settings), figures, results, settings)
+    page = report_html(_title(settings), figures, results, settings, sections)
     write_atomic(folder / "report.html", page.encode())
+
+# %% ../../nbs/run/02_pretrain.ipynb #f4ccfc12
+def _look_first(learn: SimCLRLearner) -> tuple[Tensor, list[Finding]]:
+    "Views of eight images, and the findings before training; prints advice against a shortcut."
+    batch = learn.dls.train.one_batch()[0].as_subclass(Tensor)
+    views = learn.views.two_views(batch[:8])
+    if not is_main(): return views, []
+    findings = data_findings(learn.dls, batch, views_per_image(learn.model) == 2)
+    for finding in findings[:-1]:
+        if finding.advice: print(f"{finding.title.lower()}: {finding.text} {finding.advice}")
+    return views, findings
+
+
+def _sections(learn: SimCLRLearner, settings: dict, folder: Path, findings: list[Finding],
+              is_labelled: bool) -> dict[str, str]:
+    "Parts of the report that need no labels."
+    def steps():
+        losses = learn.history().get("valid_loss", [])
+        config = RunConfig(**settings["config"])
+        found = next_steps(config, folder, is_labelled, losses)
+        return Finding("Next steps", "", html=steps_html(found))
+    after = examined("Next steps", steps)
+    return {"Checks that need no labels": findings_html(findings),
+            "What to do next": after.html or f"<p>{html_text(after.text)}</p>"}
 
 # %% ../../nbs/run/02_pretrain.ipynb #607326fc
 def _untrained(learn: SimCLRLearner, seed: int) -> nn.Module:
-    "The encoder of a run at random initialisation."
+    "The encoder of a run, at random initialisation."
     return random_encoder(learn.model.encoder.config, seed).to(learn.dls.device)
 
 
 def _finish(learn: SimCLRLearner, views: Tensor, settings: dict, folder: Path,
-            log: RunLog, first: dict) -> Run:
+            log: RunLog, first: dict, findings: list[Finding]) -> Run:
     "Evaluate the encoder, write results and report, and remove the state of the run."
     dls = learn.dls
     untrained = _untrained(learn, settings["config"]["seed"])
     results = _evaluate(learn, untrained, settings, first) if _can_be_scored(dls) else {}
     log.results(results)
-    _write_results(folder, results)  # before the figures: a picture must not cost them
-    figures = run_figures(learn, untrained, views)
-    _write_report(folder, figures, results, settings)
+    _write_results(folder, results)  # before the figures, which may fail
+    clean = clean_representations(learn, untrained)
+    figures = run_figures(learn, untrained, views, clean)
+    findings = findings + encoder_findings(dls, clean)
+    sections = _sections(learn, settings, folder, findings, bool(results))
+    _write_report(folder, figures, results, settings, sections)
     if not settings["config"]["keep_state"]: rmtree(folder / "state")
     return Run(folder, results)
 
 # %% ../../nbs/run/02_pretrain.ipynb #cdc61596
 def _completed(saved: dict, path: Path) -> dict:
-    "Settings of a run, and the defaults of those that there were not yet; raises `ValueError`."
+    "Saved settings, with defaults for newer ones; raises `ValueError` if they are damaged."
     try:
         known = {field.name for field in fields(RunConfig)} & saved.keys()
         config = asdict(complete_config(RunConfig(**{name: saved[name] for name in known})))
@@ -199,16 +230,16 @@ def _completed(saved: dict, path: Path) -> dict:
 
 # %% ../../nbs/run/02_pretrain.ipynb #58c242ae
 def _without_notes(policy: str) -> str:
-    "A policy in words, without what is said of single operators at the size of the views."
+    "A policy in words, without the notes on operators that have no effect."
     return re.sub(r" \(does nothing at [^)]*\)", "", policy)
 
 # %% ../../nbs/run/02_pretrain.ipynb #a4d942ec
-# may change when a run goes on
-_FREE = {"out", "resume", "workers", "worker_timeout", "checkpoint_minutes", "log"}
+# may change when a run resumes
+_FREE = {"out", "resume", "workers", "worker_timeout", "checkpoint_minutes", "log", "preset"}
 
 
 def _keep_settings(folder: Path, settings: dict) -> None:
-    "Write `config.json`; of a run that goes on, compare it; raises `ValueError` where they differ."
+    "Write `config.json`, or compare it on resume; raises `ValueError` if settings differ."
     path = folder / "config.json"
     if path.is_file():
         parts = dict(config=dict, data=dict, policy=str)
@@ -218,12 +249,13 @@ def _keep_settings(folder: Path, settings: dict) -> None:
         old, new = ({part: s[part] for part in parts} for s in (saved, settings))
         old["config"] = _completed(old["config"], path)
         for part in (old, new): part["policy"] = _without_notes(part["policy"])
+        if new["config"]["compiled"] is None: new["config"]["compiled"] = old["config"]["compiled"]
         check_same_settings(folder, old, new, _FREE, "use the old ones, or another folder (out)")
     if is_main(): write_atomic(path, json.dumps(settings, indent=2).encode())
 
 # %% ../../nbs/run/02_pretrain.ipynb #ed6c6aa8
 def _finished(folder: Path, keep_state: bool) -> Run | None:
-    "The run of a folder, if it has come to its end."
+    "The run of a folder, if it is finished; else None."
     page = folder / "report.html"
     if not page.is_file() or is_live_page(page): return None
     path = folder / "results.json"
@@ -232,14 +264,15 @@ def _finished(folder: Path, keep_state: bool) -> Run | None:
                     for protocol, column in saved.items()}
     except (AttributeError, ValueError) as error:
         raise ValueError(f"{str(path)!r}: {error}") from None
-    if is_main() and not keep_state:  # left by a kill in the last moment
+    if is_main() and not keep_state:  # a kill at the very end may leave it
         rmtree(folder / "state", ignore_errors=True)
     return Run(folder, results)
 
 # %% ../../nbs/run/02_pretrain.ipynb #57530bfb
 def _announce(config: RunConfig, info: dict, folder: Path) -> None:
-    "Say what is about to happen."
+    "Print what the run will do."
     if not is_main(): return
+    if config.preset: print(preset_line(config))
     images = f"{info['n_train']} images of {quoted(info['data'])}"
     by = f" in {world_size()} processes" if world_size() > 1 else ""
     encoder = config.arch if config.width is None else f"{config.arch} x {config.width:g}"
@@ -250,7 +283,7 @@ def _announce(config: RunConfig, info: dict, folder: Path) -> None:
 
 # %% ../../nbs/run/02_pretrain.ipynb #3734f17a
 def _start_from(learn: SimCLRLearner, begun: Path) -> None:
-    "Begin where a finished run ended; raises `ValueError` or `FileNotFoundError` if it cannot."
+    "Start from a finished run; raises `ValueError` or `FileNotFoundError` if that is impossible."
     state = latest_checkpoint(begun / "state") if (begun / "state").is_dir() else None
     if state is not None:
         start_from(learn, state)
@@ -263,7 +296,7 @@ def _start_from(learn: SimCLRLearner, begun: Path) -> None:
 
 # %% ../../nbs/run/02_pretrain.ipynb #4ca38378
 def _time_budget(learn: SimCLRLearner, config: RunConfig, start: float, gone: float) -> tuple:
-    "Time of a run that began at `start`, where minutes are given; and results known before it."
+    "Time budget of a run with minutes that began at `start`, and results known before training."
     if config.minutes is None: return None, {}
     seconds = 60 * config.minutes
     first, reserve = {}, 0.1 * seconds
@@ -277,7 +310,7 @@ def _time_budget(learn: SimCLRLearner, config: RunConfig, start: float, gone: fl
 # %% ../../nbs/run/02_pretrain.ipynb #67a5e7f5
 def _run(learn: SimCLRLearner, config: RunConfig, folder: Path, start: float,
          gone: float) -> Run:
-    "Begin a run, or go on with it, in a folder that nobody else writes into."
+    "Start or resume a run in a folder that this process has locked."
     dls = learn.dls
     settings = dict(config=asdict(config), data=dls.info, policy=repr(dls.policy),
                     version=__version__)
@@ -289,21 +322,21 @@ def _run(learn: SimCLRLearner, config: RunConfig, folder: Path, start: float,
     _announce(config, dls.info, folder)
     if is_main(): _can_be_scored(dls)
     if config.init is not None: _start_from(learn, Path(config.init))
-    views = learn.views.two_views(dls.train.one_batch()[0][:8])
+    views, findings = _look_first(learn)
     budget, first = _time_budget(learn, config, start, gone)
     page = LiveReportCallback(folder / "report.html", _title(settings), settings)
     with closing(RunLog(config.log, folder / "log", settings["config"])) as log:
         cbs = [LogCallback(log), page]
         settings["pretraining"] = _pretrain(learn, config, folder, cbs, budget)
         if not is_main(): return Run(folder, {})  # the rest needs one process
-        return _finish(learn, views, settings, folder, log, first)
+        return _finish(learn, views, settings, folder, log, first, findings)
 
 # %% ../../nbs/run/02_pretrain.ipynb #d231fe31
 def run_pretraining(
     config: RunConfig,  # Settings
-    gone: float = 0.0,  # Seconds of its minutes that are gone
+    gone: float = 0.0,  # Seconds of its minutes that have already passed
 ) -> Run:
-    "Pretrain, evaluate, write a run folder, or go on; raises `ValueError` or `OSError`."
+    "Pretrain, evaluate and write a run folder, or resume; raises `ValueError` or `OSError`."
     start = time.monotonic() - gone
     join_processes()
     config = complete_config(config)

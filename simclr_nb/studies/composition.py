@@ -30,7 +30,7 @@ def composition_policy(
     size: int,  # Side of the views, in pixels
     strength: float = 1.0,  # Strength of the colour distortion, 0 to 1.25
 ) -> Policy:
-    "Operators of the study (paper Figure 5), in a row; unknown ones raise `ValueError`."
+    "Apply operators of the study (paper Figure 5) in order; raises `ValueError` for unknown names."
     for name in names: check_choice("operator", name, STUDY_OPERATORS)
     operators = [o for name in names for o in STUDY_OPERATORS[name](size, strength)]
     return Policy(" + ".join(names) or "identity", operators)

@@ -28,7 +28,7 @@ TRAININGS = ("contrastive", "supervised", "none")
 
 # %% ../../nbs/studies/03_design.ipynb #1bfe26cb
 def _check_settings(settings: dict) -> None:
-    "Refuse settings that a cell does not have."
+    "Raise `ValueError` for settings that a cell does not have."
     for name in settings: check_choice("setting of a cell", name, CELL_SETTINGS)
     check_choice("training", settings.get("training", "contrastive"), TRAININGS)
 
@@ -38,10 +38,10 @@ class Cell:
     "One pretraining of a study, for each seed; raises `ValueError` for unknown settings."
 
     name: str  # Short, unique in the study, without "/"
-    settings: dict = field(default_factory=dict)  # What differs from the baseline of the scale
-    measures: tuple[str, ...] = ("logistic", "knn")  # What is measured on it: keys of `MEASURES`
-    scales: dict[str, dict | None] = field(default_factory=dict)  # Scale to settings, seeds; None
-    seeds: int | None = None  # At most so many seeds; as many as the scale has by default
+    settings: dict = field(default_factory=dict)  # Differences from the baseline of the scale
+    measures: tuple[str, ...] = ("logistic", "knn")  # Measurements of the cell: keys of `MEASURES`
+    scales: dict[str, dict | None] = field(default_factory=dict)  # Scale to settings, or None
+    seeds: int | None = None  # Largest number of seeds; None: that of the scale
 
     def __post_init__(self):
         if not self.name or "/" in self.name:
@@ -58,7 +58,7 @@ class Cell:
 def at(
     self: Cell,
     scale: str,  # Name of a scale
-) -> dict | None:  # None where the cell does not exist
+) -> dict | None:  # None if the cell does not exist at this scale
     "Settings at a scale."
     more = self.scales.get(scale, {})
     if more is None: return None
@@ -81,8 +81,8 @@ class Contrast:
     "Weighted sum of mean scores; raises `ValueError` unless the weights sum to zero."
 
     weights: dict[str, float]  # "cell" or "cell/measure" to weight
-    text: str = ""  # What it compares, in words
-    margin: float = 0.0  # What the estimate must exceed, in percentage points
+    text: str = ""  # The comparison in words
+    margin: float = 0.0  # The estimate must exceed this, in percentage points
 
     def __post_init__(self):
         size = sum(abs(w) for w in self.weights.values())
@@ -90,7 +90,7 @@ class Contrast:
             raise ValueError(f"the weights of a contrast must sum to 0, got {self.weights}")
 
     def parts(self, measure: str) -> dict[tuple[str, str], float]:
-        "Weights by cell and measure; `measure` is that of keys which name none."
+        "Weights by cell and measure; keys without a measure get `measure`."
         keys = {key: key.split("/", 1) for key in self.weights}
         return {(names[0], names[1] if len(names) > 1 else measure): self.weights[key]
                 for key, names in keys.items()}
@@ -104,11 +104,11 @@ class Contrast:
 # %% ../../nbs/studies/03_design.ipynb #ccc3f939
 def slope_contrast(
     cells: Sequence[str],  # Keys of a contrast, at least two
-    values: Sequence[float],  # Place of each on its axis, such as log2 of the batch size
-    text: str = "",  # What rises, in words
+    values: Sequence[float],  # Position of each on the axis, such as log2 of the batch size
+    text: str = "",  # The claim in words
     margin: float = 0.0,  # Slope to exceed, in points per unit of `values`
 ) -> Contrast:
-    "Slope of the least-squares line; raises `ValueError` for values that are all alike."
+    "Slope of the least-squares line; raises `ValueError` if all values are equal."
     mean = sum(values) / len(values)
     spread = sum((v - mean) ** 2 for v in values)
     if not spread: raise ValueError(f"a slope needs different values, got {list(values)}")
@@ -118,9 +118,9 @@ def slope_contrast(
 # %% ../../nbs/studies/03_design.ipynb #a7f59929
 def curvature_contrast(
     cells: Sequence[str],  # Keys of a contrast, at least three
-    values: Sequence[float],  # Place of each on its axis, all different
-    text: str = "",  # What is compared, in words
-) -> Contrast:  # Above 0 where the ends lie above the middle
+    values: Sequence[float],  # Position of each on the axis, all different
+    text: str = "",  # The comparison in words
+) -> Contrast:  # Above 0 if the ends lie above the middle
     "Quadratic contrast without the slope; raises `ValueError` for fewer than three values."
     if len(set(values)) < 3: raise ValueError(f"a curvature needs three values, got {values}")
     mean = sum(values) / len(values)
@@ -133,21 +133,21 @@ def curvature_contrast(
     return Contrast(weights, text or f"curvature over {', '.join(cells)}")
 
 # %% ../../nbs/studies/03_design.ipynb #3f151aa6
-EQUAL_WITHIN = 1.5  # Percentage points: differences below count as none
+EQUAL_WITHIN = 1.5  # Percentage points: smaller differences count as equal
 
 CLAIM_KINDS = ("greater", "equal", "monotone", "statistic", "exact")
 
 # %% ../../nbs/studies/03_design.ipynb #8116861b
 @dataclass(frozen=True)
 class Claim:
-    "A statement that can fail; raises `ValueError` for a kind without what it needs."
+    "A statement that can fail; raises `ValueError` if a field that its kind needs is missing."
 
-    text: str  # In words, as it stands on the page
-    contrasts: tuple[Contrast, ...] = ()  # What must be shown; none for "statistic" and "exact"
+    text: str  # The claim in words, as the page shows it
+    contrasts: tuple[Contrast, ...] = ()  # Contrasts to test; none for "statistic" and "exact"
     kind: str = "greater"  # A name of `CLAIM_KINDS`
-    measure: str = "logistic"  # Of contrasts that name none; a key of `MEASURES`
-    paper: str = ""  # What the paper says, with its place
-    # Of "exact": whether it holds, and how; "statistic": from a table a value, low and high end
+    measure: str = "logistic"  # For keys without a measure; a key of `MEASURES`
+    paper: str = ""  # The paper's statement, with its place
+    # "exact": gives whether it holds, and the finding; "statistic": table to value, low, high
     check: Callable | None = None
 
     def __post_init__(self):
@@ -159,23 +159,23 @@ class Claim:
 # %% ../../nbs/studies/03_design.ipynb #e28616f0
 def greater(
     a: str,  # Key of a contrast: "cell" or "cell/measure"
-    b: str,  # Another
+    b: str,  # Another key of a contrast
     text: str = "",  # The claim in words; "a > b" by default
     margin: float = 0.0,  # Least difference, in percentage points
-    measure: str = "logistic",  # Of keys that name none
-    paper: str = "",  # What the paper says
+    measure: str = "logistic",  # For keys without a measure
+    paper: str = "",  # The paper's statement
 ) -> Claim:
-    "Claim that one score is above another, by more than a margin."
+    "Claim that one score exceeds another by more than a margin."
     contrast = Contrast({a: 1.0, b: -1.0}, f"{a} - {b}", margin)
     return Claim(text or f"{a} > {b}", (contrast,), measure=measure, paper=paper)
 
 # %% ../../nbs/studies/03_design.ipynb #166fae63
 def equal(
     a: str,  # Key of a contrast: "cell" or "cell/measure"
-    b: str,  # Another
+    b: str,  # Another key of a contrast
     text: str = "",  # The claim in words; "a = b" by default
-    measure: str = "logistic",  # Of keys that name none
-    paper: str = "",  # What the paper says
+    measure: str = "logistic",  # For keys without a measure
+    paper: str = "",  # The paper's statement
 ) -> Claim:
     "Claim that two scores differ by less than `EQUAL_WITHIN`."
     contrast = Contrast({a: 1.0, b: -1.0}, f"{a} - {b}")
@@ -187,10 +187,10 @@ def best(
     others: Sequence[str],  # The rest
     text: str = "",  # The claim in words
     margin: float = 0.0,  # Least difference, in percentage points
-    measure: str = "logistic",  # Of keys that name none
-    paper: str = "",  # What the paper says
+    measure: str = "logistic",  # For keys without a measure
+    paper: str = "",  # The paper's statement
 ) -> Claim:
-    "Claim that one score is above each of the others."
+    "Claim that one score exceeds each of the others."
     contrasts = tuple(Contrast({x: 1.0, o: -1.0}, f"{x} - {o}", margin) for o in others if o != x)
     return Claim(text or f"{x} is best", contrasts, measure=measure, paper=paper)
 
@@ -200,8 +200,8 @@ def worst(
     others: Sequence[str],  # The rest
     text: str = "",  # The claim in words
     margin: float = 0.0,  # Least difference, in percentage points
-    measure: str = "logistic",  # Of keys that name none
-    paper: str = "",  # What the paper says
+    measure: str = "logistic",  # For keys without a measure
+    paper: str = "",  # The paper's statement
 ) -> Claim:
     "Claim that one score is below each of the others."
     contrasts = tuple(Contrast({o: 1.0, x: -1.0}, f"{o} - {x}", margin) for o in others if o != x)
@@ -210,14 +210,14 @@ def worst(
 # %% ../../nbs/studies/03_design.ipynb #e68f0fa5
 def slope(
     cells: Sequence[str],  # Keys of a contrast, at least two
-    values: Sequence[float],  # Place of each on its axis
+    values: Sequence[float],  # Position of each on the axis
     text: str = "",  # The claim in words
     falling: bool = False,  # Claim that the slope is below zero
     margin: float = 0.0,  # Least slope, in points per unit of `values`
-    measure: str = "logistic",  # Of keys that name none
-    paper: str = "",  # What the paper says
+    measure: str = "logistic",  # For keys without a measure
+    paper: str = "",  # The paper's statement
 ) -> Claim:
-    "Claim that scores rise along an axis, or fall."
+    "Claim that scores rise (or fall) along an axis."
     values = [-v for v in values] if falling else list(values)
     contrast = slope_contrast(cells, values, "fall" if falling else "rise", margin)
     words = f"{'falls' if falling else 'rises'} over {', '.join(cells)}"
@@ -227,10 +227,10 @@ def slope(
 def monotone(
     cells: Sequence[str],  # Keys of a contrast, in the order in which the scores rise
     text: str = "",  # The claim in words
-    measure: str = "logistic",  # Of keys that name none
-    paper: str = "",  # What the paper says
+    measure: str = "logistic",  # For keys without a measure
+    paper: str = "",  # The paper's statement
 ) -> Claim:
-    "Claim that scores rise along the order, and fall significantly between no neighbours."
+    "Claim that scores rise in this order, with no significant fall between neighbours."
     rise = slope_contrast(cells, range(len(cells)), "rise for each step")
     pairs = zip(cells, cells[1:])
     steps = tuple(Contrast({b: 1.0, a: -1.0}, f"{b} - {a}") for a, b in pairs)
@@ -240,13 +240,13 @@ def monotone(
 # %% ../../nbs/studies/03_design.ipynb #2ffcbeae
 def interaction(
     a: str,  # Key of a contrast; the claim is (a - b) - (c - d) > margin
-    b: str,  # Likewise
-    c: str,  # Likewise
-    d: str,  # Likewise
+    b: str,  # Key of a contrast
+    c: str,  # Key of a contrast
+    d: str,  # Key of a contrast
     text: str = "",  # The claim in words
     margin: float = 0.0,  # Least difference of differences, in percentage points
-    measure: str = "logistic",  # Of keys that name none
-    paper: str = "",  # What the paper says
+    measure: str = "logistic",  # For keys without a measure
+    paper: str = "",  # The paper's statement
 ) -> Claim:
     "Claim that one difference is larger than another."
     first = Contrast({a: 1.0, b: -1.0}, f"({a} - {b})", margin)
@@ -256,10 +256,10 @@ def interaction(
 # %% ../../nbs/studies/03_design.ipynb #a2a28cdc
 def quadratic(
     cells: Sequence[str],  # Keys of a contrast, at least three
-    values: Sequence[float],  # Place of each on its axis
+    values: Sequence[float],  # Position of each on the axis
     text: str = "",  # The claim in words
-    measure: str = "logistic",  # Of keys that name none
-    paper: str = "",  # What the paper says
+    measure: str = "logistic",  # For keys without a measure
+    paper: str = "",  # The paper's statement
 ) -> Claim:
     "Claim that the best value lies inside the axis: the middle is above the ends."
     bend = curvature_contrast(cells, values)
@@ -270,8 +270,8 @@ def quadratic(
 # %% ../../nbs/studies/03_design.ipynb #758bf308
 def exact(
     text: str,  # The claim in words
-    check: Callable[[], tuple[bool, str]],  # Whether it holds, and what was found
-    paper: str = "",  # What the paper says
+    check: Callable[[], tuple[bool, str]],  # Returns whether the claim holds, and the finding
+    paper: str = "",  # The paper's statement
 ) -> Claim:
     "Claim that a computation decides, without training."
     return Claim(text, kind="exact", paper=paper, check=check)
@@ -285,13 +285,13 @@ class Table:
     expected: tuple[tuple[str, int, str], ...] = ()  # Keys that a complete table has
 
     def mean(self, cell: str, measure: str = "logistic") -> float:
-        "Mean over seeds; raises `KeyError` where there is no score."
+        "Mean over seeds; raises `KeyError` if there is no score."
         values = [s for (c, _, m), s in self.scores.items() if (c, m) == (cell, measure)]
         if not values: raise KeyError(f"no score of {cell!r} in {measure!r}")
         return sum(values) / len(values)
 
     def values(self, cell: str, measure: str = "logistic") -> dict[int, float]:
-        "Score of each seed; empty where there is none."
+        "Score by seed; empty if there is none."
         return {seed: s for (c, seed, m), s in self.scores.items() if (c, m) == (cell, measure)}
 
     def seeds(self) -> list[int]:
@@ -306,7 +306,7 @@ class Table:
 @patch
 def cells(
     self: Table,
-    measure: str | None = None,  # Only those with a score in it
+    measure: str | None = None,  # Only cells with a score in this measure
 ) -> list[str]:
     "Names of cells with a score, in order."
     return [*dict.fromkeys(c for c, _, m in self.scores if measure in (None, m))]
@@ -314,7 +314,7 @@ def cells(
 
 @patch
 def missing(self: Table) -> list[tuple[str, int, str]]:
-    "Keys that a complete table has and this one lacks."
+    "Expected keys that have no score."
     return [key for key in self.expected if key not in self.scores]
 
 # %% ../../nbs/studies/03_design.ipynb #a22087bd
@@ -324,13 +324,13 @@ class Study:
 
     name: str  # For the command, such as "table-5"
     title: str  # In one line
-    items: tuple[str, ...]  # Tables and figures of the paper it answers, such as "Table 5"
-    question: str  # What is asked, in one sentence
-    cells: tuple[Cell, ...] = ()  # What is pretrained; none where nothing is
+    items: tuple[str, ...]  # Tables and figures of the paper that it repeats, such as "Table 5"
+    question: str  # The question in one sentence
+    cells: tuple[Cell, ...] = ()  # Cells to pretrain; none if no training is needed
     claims: tuple[Claim, ...] = ()  # Fixed before any run
     paper: str | None = None  # Key in `paper_tables.json`
-    plot: Callable | None = None  # Maps a `Table` to a figure in the form of the paper's
-    differs: tuple[str, ...] = ()  # What differs from the paper, a line each
+    plot: Callable | None = None  # Maps a `Table` to a figure in the paper's form
+    differs: tuple[str, ...] = ()  # Differences from the paper, one line each
     text: str = ""  # Explanation for the page
 
     def __post_init__(self):
@@ -343,7 +343,7 @@ class Study:
 
 # %% ../../nbs/studies/03_design.ipynb #093b8daf
 def _check_contrast(contrast: Contrast, claim: Claim, cells: dict[str, Cell]) -> None:
-    "Refuse a contrast of cells or measures that the study does not have."
+    "Raise `ValueError` if a contrast uses cells or measures that the study does not have."
     for cell, measure in contrast.parts(claim.measure):
         check_choice(f"cell in the claim {claim.text!r}:", cell, cells)
         check_choice(f"measure of the cell {cell!r}:", measure, cells[cell].measures)

@@ -24,7 +24,7 @@ def _seed_coding(n_seeds: int) -> np.ndarray:
 
 
 def _mean_square(total: float, df: int, scale: float) -> float:
-    "Sum of squares over its degrees of freedom; rounding errors count as 0, no freedom as NaN."
+    "Sum of squares over its degrees of freedom; 0 for rounding errors, NaN without freedom."
     if df < 1: return math.nan
     return 0.0 if total < 1e-20 * scale else total / df
 
@@ -46,7 +46,7 @@ class TwoWay:
 def fit_two_way(
     scores,  # `(C, S)`, a row for each cell; NaN where a cell lacks a seed
 ) -> TwoWay:
-    "Fit accuracy = cell + seed + error; raises `ValueError` where no score is finite."
+    "Fit accuracy = cell + seed + error; raises `ValueError` if no score is finite."
     scores = np.asarray(scores, dtype=float)
     scores = scores[:, np.isfinite(scores).any(0)]
     cell, seed = np.nonzero(np.isfinite(scores))
@@ -66,7 +66,7 @@ def fit_two_way(
 
 # %% ../../nbs/studies/03a_estimates.ipynb #156d4709
 def _variance(fit: TwoWay, row: np.ndarray) -> tuple[float, float]:
-    "Variance of `row @ y` and its degrees of freedom; NaN where the scores cannot tell."
+    "Variance of `row @ y` and its degrees of freedom; NaN if the scores do not determine it."
     observed = fit.design[:, : fit.design.shape[1] - fit.seed.max()].any(0).sum()
     per_seed = np.bincount(fit.seed, row)
     between = per_seed @ per_seed * fit.between_df / max(len(row) - observed, 1)
@@ -81,7 +81,7 @@ def _variance(fit: TwoWay, row: np.ndarray) -> tuple[float, float]:
 
 # %% ../../nbs/studies/03a_estimates.ipynb #38a7ae27
 def _one_sided(difference: float, se: float, df: float) -> float:
-    "Chance of a `t` at least so large; 1 without a standard error or without a difference."
+    "Probability of a `t` at least this large; 1 without standard error or difference."
     if not math.isfinite(se) or abs(difference) < 1e-9: return 1.0
     if se == 0: return float(difference < 0)
     return float(stdtr(df, -difference / se))
@@ -89,16 +89,16 @@ def _one_sided(difference: float, se: float, df: float) -> float:
 # %% ../../nbs/studies/03a_estimates.ipynb #ccc04621
 @dataclass(frozen=True)
 class Estimate:
-    "A contrast as measured, with its 95% interval."
+    "Estimate of a contrast, with its 95% interval."
 
-    value: float  # Estimate, in the unit of the scores; NaN if the scores cannot tell
-    se: float  # Standard error; NaN if the scores cannot tell
+    value: float  # Estimate, in the unit of the scores; NaN if they do not determine it
+    se: float  # Standard error; NaN if the scores do not determine it
     df: float  # Degrees of freedom of the standard error
-    contrast: Contrast | None = None  # What was estimated
+    contrast: Contrast | None = None  # The contrast that was estimated
 
     @property
     def interval(self) -> tuple[float, float]:
-        "Lower and upper end of the 95% interval; NaN if the scores cannot tell."
+        "Lower and upper end of the 95% interval; NaN without a standard error."
         if not math.isfinite(self.se): return math.nan, math.nan
         half = float(stdtrit(self.df, 0.975)) * self.se
         return self.value - half, self.value + half
@@ -107,23 +107,23 @@ class Estimate:
         self,
         limit: float = 0.0,  # In the unit of the scores
     ) -> float:
-        "One-sided p-value of d > limit; 1 if the scores cannot tell."
+        "One-sided p-value of d > limit; 1 without a standard error."
         return _one_sided(self.value - limit, self.se, self.df)
 
     def p_below(
         self,
         limit: float = 0.0,  # In the unit of the scores
     ) -> float:
-        "One-sided p-value of d < limit; 1 if the scores cannot tell."
+        "One-sided p-value of d < limit; 1 without a standard error."
         return _one_sided(limit - self.value, self.se, self.df)
 
 # %% ../../nbs/studies/03a_estimates.ipynb #25144933
 def estimate_contrast(
     fit: TwoWay,  # From `fit_two_way`
     weights: Sequence[float],  # One for each cell, `(C,)`
-    contrast: Contrast | None = None,  # Kept with the estimate
+    contrast: Contrast | None = None,  # Stored in the estimate
 ) -> Estimate:
-    "Weighted sum of cell means with its standard error; NaN if the scores cannot tell."
+    "Weighted sum of cell means with its standard error; NaN if the scores do not determine it."
     weights = np.concatenate([weights, np.zeros(fit.design.shape[1] - len(weights))])
     row = weights @ fit.inverse
     if not np.allclose(row @ fit.design, weights, atol=1e-8):
@@ -133,7 +133,7 @@ def estimate_contrast(
 
 # %% ../../nbs/studies/03a_estimates.ipynb #6dad0342
 def _directions(parts: dict[tuple[str, str], float]) -> dict[str, tuple[float, tuple]]:
-    "Cell to its weight, and to (measure, share) of the score that is weighted."
+    "Cell to its weight, and to the (measure, share) pairs of its combined score."
     by_cell = {}
     for (cell, measure), weight in parts.items():
         if weight: by_cell.setdefault(cell, {})[measure] = weight
@@ -152,7 +152,7 @@ def _row(table: Table, cell: str, shares: tuple, seeds: list[int]) -> list[float
 
 # %% ../../nbs/studies/03a_estimates.ipynb #07695805
 def _direction_of(cell: str, split: dict, table: Table) -> tuple | None:
-    "Shares for a cell: its own if it is in the contrast, else the first of which it has all."
+    "Shares of a cell: its own in the contrast, else the first whose measures the cell has."
     if cell in split: return split[cell][1]
     choices = [shares for _, shares in split.values()]
     if len({len(shares) for shares in choices}) > 1: return None
@@ -163,10 +163,10 @@ def _direction_of(cell: str, split: dict, table: Table) -> tuple | None:
 # %% ../../nbs/studies/03a_estimates.ipynb #802c2eb4
 def contrast_scores(
     table: Table,  # Scores of the study
-    contrast: Contrast,  # What is estimated
-    measure: str = "logistic",  # Of keys that name none
+    contrast: Contrast,  # Contrast to estimate
+    measure: str = "logistic",  # For keys without a measure
 ) -> tuple[np.ndarray, list[float]]:  # Scores `(C, S)`, NaN where missing, and weights `(C,)`
-    "Scores of all cells that tell about a contrast, and the weight of each cell."
+    "Scores of all cells that inform a contrast, and the weight of each cell."
     split = _directions(contrast.parts(measure))
     seeds = table.seeds()
     rows, weights = [], []
@@ -181,9 +181,9 @@ def contrast_scores(
 def cell_estimate(
     table: Table,  # Scores of the study
     cell: str,  # Name of a cell with at least one score
-    measure: str = "logistic",  # Of the score
+    measure: str = "logistic",  # Measure of the score
 ) -> Estimate:
-    "Accuracy of one cell with its interval; raises `KeyError` where there is no score."
+    "Accuracy of one cell with its interval; raises `KeyError` if there is no score."
     cells, seeds = table.cells(measure), table.seeds()
     if cell not in cells: raise KeyError(f"no score of {cell!r} in {measure!r}")
     scores = [_row(table, name, ((measure, 1.0),), seeds) for name in cells]

@@ -32,14 +32,14 @@ def _greater(claim: Claim, estimates: Sequence[Estimate]) -> tuple[float, float]
 
 
 def _equal(claim: Claim, estimates: Sequence[Estimate]) -> tuple[float, float]:
-    "Likewise, that every contrast lies within `EQUAL_WITHIN` of zero."
+    "p-values of confirming and of refuting that every contrast is within `EQUAL_WITHIN` of zero."
     confirm = [max(e.p_above(-EQUAL_WITHIN), e.p_below(EQUAL_WITHIN)) for e in estimates]
     refute = [min(e.p_above(EQUAL_WITHIN), e.p_below(-EQUAL_WITHIN)) for e in estimates]
     return max(confirm), 2 * len(refute) * min(refute)
 
 
 def _monotone(claim: Claim, estimates: Sequence[Estimate]) -> tuple[float, float]:
-    "Likewise, that the first contrast exceeds its margin and no other is below zero."
+    "p-values for a first contrast above its margin, and no other contrast below zero."
     trend, *steps = estimates
     margin = claim.contrasts[0].margin
     reversals = [step.p_below() for step in steps]
@@ -51,10 +51,10 @@ _RULES = dict(greater=_greater, equal=_equal, monotone=_monotone)
 
 # %% ../../nbs/studies/04_verdict.ipynb #49f49102
 def claim_p_values(
-    claim: Claim,  # Of a kind with contrasts: not "exact", not "statistic"
+    claim: Claim,  # Claim of a kind with contrasts: not "exact", not "statistic"
     estimates: Sequence[Estimate],  # One for each of its contrasts
-) -> tuple[float, float]:  # Of confirming it and of refuting it, each one-sided, 0 to 1
-    "p-values of a claim of several contrasts; raises `ValueError` for a claim without any."
+) -> tuple[float, float]:  # One-sided p-values of confirming and of refuting, 0 to 1
+    "p-values of a claim with contrasts; raises `ValueError` for a claim of another kind."
     check_choice("kind of claim with p-values:", claim.kind, _RULES)
     return tuple(min(1.0, p) for p in _RULES[claim.kind](claim, estimates))
 
@@ -62,7 +62,7 @@ def claim_p_values(
 def holm(
     p: Sequence[float],  # p-values, each 0 to 1
 ) -> list[float]:  # In the same order
-    "p-values adjusted for their number (Holm 1979): reject those up to the level."
+    "p-values after Holm's correction (1979): reject those that do not exceed the level."
     p = np.asarray(p, dtype=float)
     order = np.argsort(p, kind="stable")
     stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
@@ -76,27 +76,27 @@ STATES = ("confirmed", "refuted", "not resolved", "not at this scale")
 
 @dataclass(frozen=True)
 class Verdict:
-    "What a study says about one claim."
+    "Verdict of a study on one claim."
 
-    claim: Claim  # What was claimed
+    claim: Claim  # The claim that was judged
     state: str  # One of `STATES`
     estimates: tuple[Estimate, ...] = ()  # One for each contrast
     p: float | None = None  # Smaller of its two one-sided p-values; None without a test
     p_holm: float | None = None  # The same after Holm's correction
-    reason: str = ""  # Why, in words
+    reason: str = ""  # Reason for the state, in words
 
     def __str__(self): return f"{self.state}: {self.claim.text} ({self.reason})"
 
 # %% ../../nbs/studies/04_verdict.ipynb #5b81f43f
 def _absent(claim: Claim, table: Table) -> list[str]:
-    "Scores that the claim needs and the scale does not have, as cell/measure."
+    "Scores that the claim needs but that do not exist at this scale, as cell/measure."
     there = {(c, m) for c, _, m in [*table.scores, *table.expected]}
     needed = [key for contrast in claim.contrasts for key in contrast.parts(claim.measure)]
     return [f"{c}/{m}" for c, m in dict.fromkeys(needed) if (c, m) not in there]
 
 
 def _estimates(claim: Claim, table: Table, fits: dict[bytes, TwoWay]) -> tuple[Estimate, ...]:
-    "Of each contrast, NaN where there is no score; `fits` keeps what was fitted before."
+    "Estimate of each contrast, NaN without scores; `fits` caches the fits."
     estimates = []
     for contrast in claim.contrasts:
         scores, weights = contrast_scores(table, contrast, claim.measure)
@@ -110,7 +110,7 @@ def _estimates(claim: Claim, table: Table, fits: dict[bytes, TwoWay]) -> tuple[E
 
 # %% ../../nbs/studies/04_verdict.ipynb #ba2ceabf
 def _statistic(claim: Claim, table: Table) -> Verdict:
-    "The verdict on a number that comes with its own interval."
+    "Verdict on a number that has its own interval."
     value, low, high = claim.check(table)
     reason = f"{value:.2f} ({low:.2f} to {high:.2f})"
     if math.isnan(value): reason = "too few scores, or all alike"
@@ -119,7 +119,7 @@ def _statistic(claim: Claim, table: Table) -> Verdict:
 
 # %% ../../nbs/studies/04_verdict.ipynb #440fa0dd
 def _without_test(claim: Claim, table: Table) -> Verdict | None:
-    "The verdict on a claim that needs no test or can have none; None for the others."
+    "Verdict on a claim that needs no test or allows none; None for other claims."
     if claim.kind == "statistic": return _statistic(claim, table)
     if claim.kind == "exact":
         holds, found = claim.check()
@@ -139,7 +139,7 @@ def _why_open(claim: Claim, estimates: Sequence[Estimate], p: float) -> str:
 
 # %% ../../nbs/studies/04_verdict.ipynb #94f7a3b0
 def _decide(claim: Claim, estimates: tuple, p: tuple, adjusted: tuple) -> Verdict:
-    "The verdict from the p-values of confirming and refuting."
+    "Verdict from the p-values of confirming and refuting."
     best_p, best_holm = min(p), min(adjusted)
     if best_holm > 0.05:
         reason = _why_open(claim, estimates, best_p)
@@ -150,10 +150,10 @@ def _decide(claim: Claim, estimates: tuple, p: tuple, adjusted: tuple) -> Verdic
 
 # %% ../../nbs/studies/04_verdict.ipynb #0bdbca20
 def judge(
-    study: Study,  # Its claims are judged
-    table: Table,  # Its scores; may be incomplete
+    study: Study,  # Study whose claims to judge
+    table: Table,  # Scores of the study; may be incomplete
 ) -> list[Verdict]:  # One for each claim, in order
-    "Verdict on each claim: intervals from the pooled error, Holm over the claims of the study."
+    "Judge each claim, with intervals from the pooled error and Holm's rule over all claims."
     verdicts = [_without_test(claim, table) for claim in study.claims]
     tested = [i for i, verdict in enumerate(verdicts) if verdict is None]
     fits = {}
@@ -172,7 +172,7 @@ def power(
     df: float,  # Degrees of freedom of the standard error
     claims: int = 1,  # Claims of the study
 ) -> float:
-    "Probability that a claim of one contrast is confirmed, if it is the study's clearest one."
+    "Probability of confirming a claim of one contrast, if it is the clearest of its study."
     critical = stdtrit(df, 1 - 0.025 / claims)
     return float(nct.sf(critical, df, effect / se))
 
@@ -181,9 +181,9 @@ def detectable(
     se: float,  # Standard error of the estimate, > 0
     df: float,  # Degrees of freedom of the standard error
     claims: int = 1,  # Claims of the study
-    probability: float = 0.8,  # How often it shall be confirmed, above 0.025 and below 1
+    probability: float = 0.8,  # Required probability of confirming, above 0.025 and below 1
 ) -> float:  # In the unit of the standard error
-    "Smallest true difference that is confirmed with a probability."
+    "Smallest true difference that a study confirms with this probability."
     def missing(effect): return power(effect, 1.0, df, claims) - probability
     largest = 2.0
     while missing(largest) < 0: largest *= 2
@@ -191,12 +191,12 @@ def detectable(
 
 # %% ../../nbs/studies/04_verdict.ipynb #77bc2108
 def image_test(
-    a: Sequence[Tensor],  # Whether each test image is right, `(N,)`, one for each seed of a cell
-    b: Sequence[Tensor],  # Likewise of another cell, on the same images in the same order
+    a: Sequence[Tensor],  # For each seed of a cell: whether each test image is right, `(N,)`
+    b: Sequence[Tensor],  # The same for another cell, on the same images in the same order
     samples: int = 100_000,  # Random exchanges
-    generator: torch.Generator | None = None,  # By default torch's global one
+    generator: torch.Generator | None = None,  # Random state; None: torch's global one
 ) -> float:  # Two-sided p-value
-    "The paper's permutation test on images pooled over seeds; raises `ValueError` if unpaired."
+    "The paper's permutation test, on images averaged over seeds; raises `ValueError` if unpaired."
     pooled = []
     for cell in (a, b):
         lengths = {len(correct) for correct in cell}

@@ -24,7 +24,7 @@ def trust_ratio(
     grad_norm: Tensor,  # Norms of their gradients, weight decay included, same shape
     trust_coefficient: float = 1e-3,  # Length of a step relative to the weights, at learning rate 1
 ) -> Tensor:  # Ratios, same shape; 1 where a norm is zero
-    "LARS trust ratio of each tensor."
+    "Compute the LARS trust ratio of each tensor."
     ratio = trust_coefficient * weight_norm / grad_norm
     return torch.where((weight_norm > 0) & (grad_norm > 0), ratio, torch.ones_like(ratio))
 
@@ -32,7 +32,7 @@ def trust_ratio(
 def excluded(
     p: Tensor,  # A parameter, any shape
 ) -> bool:  # True for biases and for scales and shifts of BatchNorm
-    "Default rule for what LARS neither adapts nor decays: tensors with at most one dimension."
+    "Default rule: LARS neither adapts nor decays tensors with at most one dimension."
     return p.ndim <= 1
 
 # %% ../../nbs/train/01_optim.ipynb #54f74c6f
@@ -42,7 +42,7 @@ class LARS(Optimizer):
         self,
         params: Iterable,  # Parameters or parameter groups
         lr: float,  # Learning rate, >= 0
-        momentum: float = 0.9,  # In [0, 1)
+        momentum: float = 0.9,  # Share of the velocity that a step keeps, in [0, 1)
         weight_decay: float = 1e-6,  # Added to the gradient as `weight_decay * p`, >= 0
         trust_coefficient: float = 1e-3,  # Relative length of a step at learning rate 1, > 0
         nesterov: bool = False,  # Nesterov momentum
@@ -54,8 +54,8 @@ class LARS(Optimizer):
         self.exclude = exclude
         super().__init__(params, hypers)
 
-    def __getstate__(self) -> dict:  # What pickling and copying keep
-        "State of the optimiser with its exclusion rule."
+    def __getstate__(self) -> dict:  # For pickling and copying
+        "Return the state of the optimiser with its exclusion rule."
         return {**super().__getstate__(), "exclude": self.exclude}
 
 # %% ../../nbs/train/01_optim.ipynb #285ddb2f
@@ -77,13 +77,13 @@ def add_param_group(
 
 # %% ../../nbs/train/01_optim.ipynb #c55b2f16
 def _adapt(weights: list, updates: list, trust_coefficient: float) -> list:
-    "Updates (gradients or velocities), each times the trust ratio of its weight tensor."
+    "Multiply each update (gradient or velocity) by the trust ratio of its weight tensor."
     norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, updates)]
     return torch._foreach_mul(updates, trust_ratio(*norms, trust_coefficient).unbind())
 
 # %% ../../nbs/train/01_optim.ipynb #ba5811ee
 def _update(weights: list, velocity: list, group: dict, adapt: bool) -> None:
-    "One step for alike parameters of a group, in place; `adapt`: with decay and trust ratio."
+    "Take a step for similar parameters, in place; `adapt`: with decay and trust ratio."
     lr, momentum = group["lr"], group["momentum"]
     grads = [p.grad for p in weights]
     scale = list
@@ -103,8 +103,8 @@ def _update(weights: list, velocity: list, group: dict, adapt: bool) -> None:
 @torch.no_grad()
 def step(
     self: LARS,
-    closure: Callable | None = None,  # Computes the loss and its gradients anew
-) -> Tensor | None:  # What `closure` returns
+    closure: Callable | None = None,  # Computes the loss and its gradients again
+) -> Tensor | None:  # Result of `closure`
     "Update all parameters that have a gradient."
     loss = None
     if closure is not None:
@@ -129,7 +129,7 @@ OPTIMIZERS = {  # name: constructor, called with parameter groups, `lr` and `wei
 
 # %% ../../nbs/train/01_optim.ipynb #31155dbc
 def _decay_groups(params: Iterable, exclude: Callable) -> list:
-    "Each parameter group dealt out to two: the decayed and, without weight decay, the excluded."
+    "Split each parameter group in two: the decayed and, without weight decay, the excluded."
     groups = list(params)
     if groups and not isinstance(groups[0], dict): groups = [dict(params=groups)]
     dealt = []
@@ -147,11 +147,11 @@ def create_optimizer(
     name: str,  # "lars", "sgd" (Nesterov momentum 0.9), "adam" or "adamw"
     params: Iterable,  # Parameters or parameter groups
     lr: float,  # Learning rate, >= 0
-    weight_decay: float = 1e-6,  # Of what is not excluded, >= 0; the paper's default (section 2.1)
+    weight_decay: float = 1e-6,  # For parameters not excluded, >= 0; default of section 2.1
     exclude: Callable = excluded,  # Parameter -> bool; True: no weight decay, and no trust ratio
     **kwargs,  # Further options of the optimiser: `momentum`, `nesterov`, `betas`, `classic`, ...
 ) -> Optimizer:  # For PyTorch, or for fastai inside an `OptimWrapper`
-    "Optimiser by name; raises `ValueError` for unknown names and values out of range."
+    "Create an optimiser by name; raises `ValueError` for unknown names and values out of range."
     check_choice("optimizer", name, OPTIMIZERS)
     for key, value in dict(lr=lr, weight_decay=weight_decay).items():
         if not 0 <= value < math.inf:
@@ -166,7 +166,7 @@ def scale_lr(
     batch_size: int,  # Images per step, over all devices, >= 1
     rule: str = "linear",  # "linear": times N / 256; "sqrt": times the root of N; "none"
 ) -> float:  # Peak learning rate
-    "Learning rate for a batch size; raises `ValueError` for unknown rules and values out of range."
+    "Compute the rate for a batch size; raises `ValueError` for unknown rules or invalid values."
     rules = dict(linear=batch_size / 256, sqrt=max(batch_size, 0) ** 0.5, none=1.0)
     check_choice("rule", rule, rules)
     if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -176,7 +176,7 @@ def scale_lr(
 
 # %% ../../nbs/train/01_optim.ipynb #07929e36
 def _check_steps(step: int, warmup_steps: int, total_steps: int) -> None:
-    "Refuse steps out of range."
+    "Raise `ValueError` for steps out of range."
     if step < 0: raise ValueError(f"step must be 0 or more, got {step}")
     if not 0 <= warmup_steps <= total_steps:
         steps = f"{warmup_steps}, {total_steps}"
@@ -187,7 +187,7 @@ def warmup_cosine(
     step: int,  # Step, counted from 0
     peak_lr: float,  # Learning rate at the end of the warm-up
     warmup_steps: int,  # Length of the warm-up in steps; 0 for none
-    total_steps: int,  # Steps in all, at least `warmup_steps`
+    total_steps: int,  # Number of all steps, at least `warmup_steps`
 ) -> float:  # Learning rate of the step
     "Linear warm-up from 0, then cosine decay to 0; raises `ValueError` for steps out of range."
     _check_steps(step, warmup_steps, total_steps)
@@ -201,9 +201,9 @@ def warmup_milestones(
     step: int,  # Step, counted from 0
     peak_lr: float,  # Learning rate after the warm-up
     warmup_steps: int,  # Length of the warm-up in steps; 0 for none
-    total_steps: int,  # Steps in all, at least `warmup_steps`
+    total_steps: int,  # Number of all steps, at least `warmup_steps`
     milestones: Iterable = (250 / 300, 280 / 300),  # Shares of all steps after which it drops
-    factor: float = 0.2,  # What is left of it then
+    factor: float = 0.2,  # Factor of the learning rate at each milestone
 ) -> float:  # Learning rate of the step
     "Linear warm-up, then drops at milestones; raises `ValueError` for steps out of range."
     _check_steps(step, warmup_steps, total_steps)
@@ -215,9 +215,9 @@ def official_steps(
     num_images: int,  # Training images, >= 1
     batch_size: int,  # Images per step, over all devices, >= 1
     epochs: int,  # Passes through the images, >= 1
-    warmup_epochs: float = 10,  # Of these, warm-up, between 0 and `epochs`
+    warmup_epochs: float = 10,  # Epochs of warm-up, between 0 and `epochs`
 ) -> tuple[int, int]:  # Warm-up steps and total steps
-    "Steps as the official code counts them; raises `ValueError` for values out of range."
+    "Count steps as the official code does; raises `ValueError` for values out of range."
     for name, value in dict(num_images=num_images, batch_size=batch_size, epochs=epochs).items():
         if value < 1: raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 <= warmup_epochs <= epochs:
