@@ -158,4 +158,4 @@ def test_a_collapsed_encoder_is_told_from_a_sound_one():
 def test_methods_of_one_view_have_no_shortcut_to_look_for():
     dls = simclr_dls("digits", bs=32, n_train=64, n_valid=32, seed=0, device="cpu", progress=False)
     batch = dls.train.one_batch()[0]
-    assert [f.title for f in data_findings(dls, batch, False)] == ["Near copies"]
+    assert data_findings(dls, batch, False) == []

@@ -240,28 +240,27 @@ def data_findings(
     dls: SimCLRDataLoaders,  # Of the run
     batch: Tensor,  # Images of a training batch, `(N, C, H, W)`, or crops `(N, 2, C, S, S)`
     is_paired: bool = True,  # Whether the method compares two views of an image
-) -> list[Finding]:  # Near copies is the last one
-    "Findings about the images, before training."
-    findings = []
-    if is_paired: findings.append(
-        examined("Colour shortcut", lambda: shortcut_finding(batch, dls.policy)))
-    def copies():
-        names = [name for i in (0, 1) for name in image_names(dls, i)]
-        return duplicate_finding(*(clean_images(dls, i) for i in (0, 1)), names)
-    return [*findings, examined("Near copies", copies)]
+) -> list[Finding]:  # The colour shortcut; nothing without pairs of views
+    "Findings about the images, before training; reads no more images."
+    if not is_paired: return []
+    return [examined("Colour shortcut", lambda: shortcut_finding(batch, dls.policy))]
 
 # %% ../../nbs/run/01d_findings.ipynb #4d162eca
 def encoder_findings(
     dls: SimCLRDataLoaders,  # Of the run
     clean: Callable[[], dict],  # From `clean_representations`
-) -> list[Finding]:  # Neighbours, outliers, signs of collapse
-    "Findings about an encoder without labels; none for fewer than 3 validation images."
-    if len(dls.valid.dataset) < 3: return []
+) -> list[Finding]:  # Near copies; with 3 validation images: neighbours, outliers, collapse
+    "Findings after training: about the images, and about an encoder without labels."
+    def copies():
+        names = [name for i in (0, 1) for name in image_names(dls, i)]
+        return duplicate_finding(*(clean_images(dls, i) for i in (0, 1)), names)
     def images(): return clean_images(dls, 1)
     def h(): return {name: each for name, (each, _) in clean().items()}
     def outliers(): return outlier_finding(images(), h()["pretrained"], image_names(dls, 1))
-    checks = {"Neighbours": lambda: neighbour_finding(images(), h()), "Outliers": outliers,
-              "Signs of collapse": lambda: collapse_finding(h())}
+    checks = {"Near copies": copies}
+    if len(dls.valid.dataset) >= 3:
+        checks |= {"Neighbours": lambda: neighbour_finding(images(), h()), "Outliers": outliers,
+                   "Signs of collapse": lambda: collapse_finding(h())}
     return [examined(title, check) for title, check in checks.items()]
 
 # %% ../../nbs/run/01d_findings.ipynb #427f7aa7

@@ -179,7 +179,7 @@ def _look_first(learn: SimCLRLearner) -> tuple[Tensor, list[Finding]]:
     views = learn.views.two_views(batch[:8])
     if not is_main(): return views, []
     findings = data_findings(learn.dls, batch, views_per_image(learn.model) == 2)
-    for finding in findings[:-1]:
+    for finding in findings:
         if finding.advice: print(f"{finding.title.lower()}: {finding.text} {finding.advice}")
     return views, findings
 

@@ -59,8 +59,10 @@ def html_details(
 def error_line(
     error: Exception,  # Any error
 ) -> str:  # Its type, and the first 200 characters of its message
-    "An error in one line."
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    "An error in one line, without the traceback that a data worker puts before it."
+    text = str(error).strip()
+    if "Traceback" in text: return text.splitlines()[-1].strip()[:200]
+    return f"{type(error).__name__}: {' '.join(text.split())[:200]}"
 
 # %% ../../nbs/run/01_report.ipynb #fd787045
 def drawn_html(

@@ -8,6 +8,7 @@ __all__ = ['LONG_RUN', 'pixels_of_run', 'CompileViewsCallback']
 # %% ../../nbs/train/05h_compiling.ipynb #20f8b295
 import time
 
+import simclr_nb.core.quiet  # before fastai
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
@@ -68,7 +69,7 @@ class CompileViewsCallback(Callback):
 def is_worth_it(self: CompileViewsCallback) -> bool:
     "Whether the run is long, and its views can be compiled."
     if hasattr(self.learn, "minutes") or not isinstance(self.plain, TwoViews): return False
-    if torch.device(self.dls.device).type != "cpu": return False
+    if next(self.model.parameters()).device.type != "cpu": return False
     size = view_size(self.dls, self.plain)
     return pixels_of_run(self.dls, self.n_epoch, size) >= LONG_RUN and can_compile("cpu")
 
