@@ -3,11 +3,17 @@
 The compiler itself is replaced by one that gives the operators back and notes what it is asked for;
 `test_fused.py` compiles for real.
 """
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
 from simclr_nb.data import simclr_dls
 from simclr_nb.learner import simclr_learner
+from simclr_nb.run import pretrain
+from simclr_nb.run.config import RunConfig
+from simclr_nb.run.pretrain import run_pretraining
 from simclr_nb.train import compiling
 from simclr_nb.views.two_views import TwoViews
 
@@ -75,3 +81,25 @@ def test_a_run_by_the_clock_keeps_the_operators(monkeypatch):
     assert callback.is_worth_it()
     learn.minutes = None  # as in `learn.pretrain(minutes=...)`
     assert not callback.is_worth_it()
+
+
+def test_resumed_as_begun(tmp_path, monkeypatch, capsys):
+    "Left open, the setting is that of a run begun without; a run begun with it asks for it again."
+    def killed(*args, **kwargs): raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    config = RunConfig("digits", epochs=EPOCHS, width=1 / 16, n_train=96, n_valid=32, bs=32,
+                       out=str(out), resume=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain, "_finish", killed)
+        run_pretraining(replace(config, compiled=False))
+    monkeypatch.setattr(compiling, "LONG_RUN", 0)
+    begun = json.loads((out / "config.json").read_text())
+    begun["config"]["compiled"] = True
+    (out / "config.json").write_text(json.dumps(begun))
+    with pytest.raises(ValueError, match="compiled True, now None"): run_pretraining(config)
+    begun["config"]["compiled"] = False
+    (out / "config.json").write_text(json.dumps(begun))
+    run_pretraining(config)
+    assert "were compiled" not in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["config"]["compiled"] is False

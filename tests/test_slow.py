@@ -71,4 +71,4 @@ def test_wheel(tmp_path):
     (folder,) = (away / "runs").iterdir()
     assert set(points(folder, "10 labels per class")) == {"pixels", "random", "pretrained"}
     page = (folder / "report.html").read_text()
-    assert page.count("<figcaption>") == 4 and "://" not in page
+    assert page.count("<figure><img") == 4 and "://" not in page

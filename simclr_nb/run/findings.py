@@ -9,6 +9,7 @@ __all__ = ['Finding', 'examined', 'clean_images', 'image_names', 'shortcut_findi
 # %% ../../nbs/run/01d_findings.ipynb #68c4dfe3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from ..measure.data_checks import color_shortcut, near_duplicates
 from ..measure.geometry import covariance_spectrum, effective_rank, uniformity
 from ..measure.neighbours import nearest_neighbours
 from .live import NeighbourLooks
-from .report import error_line, html_text
+from .report import error_line, html_rows, html_table, html_text
 from ..views.channels import ChannelJitter
 from ..views.color import ColorJitter
 from ..views.policy import Policy
@@ -91,9 +92,7 @@ def _cell(image: Tensor, text: str) -> str:
 
 def _rows(cells: Sequence[str], n: int) -> str:
     "Cells as a table of `n` columns."
-    rows = [cells[at : at + n] for at in range(0, len(cells), n)]
-    table = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return f"<div><table>{table}</table></div>"
+    return html_rows(["".join(cells[at : at + n]) for at in range(0, len(cells), n)])
 
 # %% ../../nbs/run/01d_findings.ipynb #220e9c4e
 _SHORTCUT = 0.25  # Share of views found by colour, from which on we advise
@@ -223,17 +222,13 @@ def collapse_finding(
     n, width = h["pretrained"].shape
     head = ("", "effective rank", "eigenvalues above 1% of the largest",
             "variance in the first direction", "uniformity")
-    rows = ["".join(f"<th>{title}</th>" for title in head)]
-    for name, f in facts.items():
-        cells = (f"{f['rank']:.1f}", f"{f['many']} of {width}", f"{f['share']:.0%}",
-                 f"{f['spread']:.2f}")
-        rows.append(f"<th>{html_text(name)}</th>" + "".join(f"<td>{c}</td>" for c in cells))
-    table = "<div><table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>"
+    rows = [[html_text(name), f"{f['rank']:.1f}", f"{f['many']} of {width}", f"{f['share']:.0%}",
+             f"{f['spread']:.2f}"] for name, f in facts.items()]
     advice = _collapse_advice(facts["random"], facts["pretrained"], n)
     sign = "One sign of a collapse" if advice else "No sign of a collapse"
     text = f"{sign} in h of {n:,} validation images."
     if n < 50: text += f" With {n} images these numbers say little."
-    return Finding("Signs of collapse", text, advice, table)
+    return Finding("Signs of collapse", text, advice, html_table(head, rows))
 
 # %% ../../nbs/run/01d_findings.ipynb #3282738e
 def data_findings(
@@ -251,15 +246,15 @@ def encoder_findings(
     clean: Callable[[], dict],  # From `clean_representations`
 ) -> list[Finding]:  # Near copies; with 3 validation images: neighbours, outliers, collapse
     "Findings after training: about the images, and about an encoder without labels."
+    images = cache(partial(clean_images, dls))  # each set is read once
     def copies():
         names = [name for i in (0, 1) for name in image_names(dls, i)]
-        return duplicate_finding(*(clean_images(dls, i) for i in (0, 1)), names)
-    def images(): return clean_images(dls, 1)
+        return duplicate_finding(images(0), images(1), names)
     def h(): return {name: each for name, (each, _) in clean().items()}
-    def outliers(): return outlier_finding(images(), h()["pretrained"], image_names(dls, 1))
+    def outliers(): return outlier_finding(images(1), h()["pretrained"], image_names(dls, 1))
     checks = {"Near copies": copies}
     if len(dls.valid.dataset) >= 3:
-        checks |= {"Neighbours": lambda: neighbour_finding(images(), h()), "Outliers": outliers,
+        checks |= {"Neighbours": lambda: neighbour_finding(images(1), h()), "Outliers": outliers,
                    "Signs of collapse": lambda: collapse_finding(h())}
     return [examined(title, check) for title, check in checks.items()]
 

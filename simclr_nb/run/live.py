@@ -31,7 +31,7 @@ from ..measure.representations import represent
 from ..parallel.loss import bare_loss
 from ..parallel.microbatch import bare_model, views_per_image
 from .curves import curve_svg
-from .report import html_details, html_text, page_html
+from .report import html_details, html_rows, html_text, page_html
 from ..train.log import views_picture
 from ..train.notices import chance_values
 from fastai.callback.core import Callback
@@ -130,8 +130,7 @@ def html(self: NeighbourLooks, n_epochs: int = 6) -> str:
         cells = ["".join(map(self._thumb, self.looks[epoch][i])) for epoch in epochs]
         rows.append("".join(f"<td>{cell}</td>" for cell in [self._thumb(query), *cells]))
     style = "".join(f".i{row}{{background-image:url({a})}}" for row, a in self.addresses.items())
-    table = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f"<style>{style}</style><div><table>{table}</table></div>"
+    return f"<style>{style}</style>{html_rows(rows)}"
 
 # %% ../../nbs/run/01b_live.ipynb #e73c2c4b
 REFRESH = '<meta http-equiv="refresh" content="5">'  # seconds; only in the page of a running run

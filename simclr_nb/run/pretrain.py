@@ -34,6 +34,7 @@ from .steps import next_steps, steps_html
 from .report import clean_representations, html_text, report_html, run_figures
 from ..parallel.microbatch import views_per_image
 from ..train.callbacks import HistoryCallback
+from ..train.compiling import CompileViewsCallback
 from ..train.minutes import TimeBudget
 from ..train.log import LogCallback, RunLog
 from ..views.policy import create_policy
@@ -249,7 +250,8 @@ def _keep_settings(folder: Path, settings: dict) -> None:
         old, new = ({part: s[part] for part in parts} for s in (saved, settings))
         old["config"] = _completed(old["config"], path)
         for part in (old, new): part["policy"] = _without_notes(part["policy"])
-        if new["config"]["compiled"] is None: new["config"]["compiled"] = old["config"]["compiled"]
+        if old["config"]["compiled"] is False and new["config"]["compiled"] is None:
+            new["config"]["compiled"] = False  # left open: as the run was begun
         check_same_settings(folder, old, new, _FREE, "use the old ones, or another folder (out)")
     if is_main(): write_atomic(path, json.dumps(settings, indent=2).encode())
 
@@ -316,6 +318,7 @@ def _run(learn: SimCLRLearner, config: RunConfig, folder: Path, start: float,
                     version=__version__)
     if is_main(): remove_unfinished(folder)
     _keep_settings(folder, settings)
+    if settings["config"]["compiled"] is False: learn.remove_cb(CompileViewsCallback)
     check_same_images(dls, folder / "images.json.gz")
     finished = _finished(folder, config.keep_state)
     if finished: return finished

@@ -27,12 +27,13 @@ class Step:
 
 # %% ../../nbs/run/01e_steps.ipynb #86af652e
 def _options(settings: dict) -> list[str]:
-    "Settings as options of a command, without None and False."
+    "Settings as options of a command, without None."
     words = []
     for name, value in settings.items():
         option = "--" + name.replace("_", "-")
-        if value is None or value is False: continue
+        if value is None: continue
         if value is True: words.append(option)
+        elif value is False: words.append("--no-" + option[2:])
         elif str(value).startswith("-"): words.append(f"{option}={value}")
         else: words += [option, str(value)]
     return words
@@ -74,7 +75,7 @@ def _more_epochs(config: RunConfig, folder: Path, losses: Sequence[float]) -> tu
 def _embed_step(config: RunConfig, folder: Path, table: Path) -> Step:
     "Step to a table of representations and a page to explore it."
     names = ("size", "skip_bad", "max_pixels", "pixel_range")
-    options = _options({name: getattr(config, name) for name in names})
+    options = _options({name: getattr(config, name) or None for name in names})
     words = ["simclr-embed", str(folder), str(config.data), "--out", str(table),
              "--explore", str(folder / "explore.html"), *options]
     text = ("Look at all images: a page with a map, search by example, duplicates and lists to "
