@@ -209,8 +209,11 @@ def ask(tab, address: str, question: str):
     tab.goto(address, wait_until="networkidle")
     if tab.viewport_size["width"] < 992: tab.locator(".quarto-btn-toggle").first.click()
     tab.locator(".smalldocs-search input").first.fill(question)
+    tab.wait_for_function(STILL)  # the sidebar slides in
 
 
+STILL = """() => !document.querySelector('.collapsing')
+    && document.getAnimations().every(a => a.playState != 'running')"""
 FIGURES = """[...document.querySelectorAll('main img')].map(i => {
     const r = i.getBoundingClientRect(), s = getComputedStyle(i);
     return {alt: i.alt, natural: i.naturalWidth * i.naturalHeight, width: r.width, height: r.height,
