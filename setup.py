@@ -14,7 +14,7 @@ setup(
     keywords=cfg["keywords"], author=cfg["author"], license_expression=cfg["license"],
     python_requires=f">={cfg['min_python']}", install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split()
-                    for name in ("dev", "bands", "export", "tables")},
+                    for name in ("dev", "bands", "explore", "export", "log", "tables")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "nbdev": [f"{cfg['lib_name']} = {cfg['lib_path']}._modidx:d"]},
 )

@@ -34,6 +34,7 @@ from .images.files import ImageFiles, JpegFiles, JpegLoader, read_pixels
 from .images.listing import IMAGE_SUFFIXES
 from .images.pixels import PixelRules, pixel_rules
 from .images.source import Source
+from .images.tables import several_labels
 from .images.find import find_source
 from .model.inputs import check_channels
 from .views.crop import RandomResizedCrop
@@ -126,18 +127,27 @@ class SimCLRDataLoaders(DataLoaders):
         self,
         *loaders,  # Training and validation loader
         policy: Policy,  # Augmentations that make the views
-        classes: Sequence[str] = (),  # Names in label order; empty without labels
+        classes: Sequence[str] = (),  # Names in label order, as "cat" or "cat;night"; may be empty
         info: dict | None = None,  # Description of the data, for result cards
         groups: list[Tensor] | None = None,  # Group of each image, one `(N,)` per set; -1: none
         **kwargs,  # Arguments of fastai's `DataLoaders`
     ):
         super().__init__(*loaders, **kwargs)
-        self.policy, self.classes, self.info = policy, list(classes), info or {}
-        self.groups = groups
+        self.policy, self.info, self.groups = policy, info or {}, groups
+        is_several = any(";" in name for name in classes)
+        self.classes = [] if is_several else list(classes)
+        self.label_sets = list(classes) if is_several else []  # if an image may have several labels
+
+    @property
+    def train_groups(self) -> list | None:
+        "Group of each training image, None for an image without one; None without groups."
+        if self.groups is None: return None
+        return [None if group < 0 else group for group in self.groups[0].tolist()]
 
     def new_empty(self):
         loaders = [dl.new(dl.dataset.new_empty()) for dl in self.loaders]
-        kwargs = dict(policy=self.policy, classes=self.classes, info=self.info)
+        classes = self.classes or self.label_sets
+        kwargs = dict(policy=self.policy, classes=classes, info=self.info)
         return type(self)(*loaders, path=self.path, device=self.device, **kwargs)
 
 # %% ../nbs/images/09_data.ipynb #ff9d896b
@@ -176,18 +186,31 @@ def _ready(data, valid_part: float | None, n_train: int | None, n_valid: int | N
     if source.channels == 3 or not source.found: return source
     return replace(source, found=f"{source.found}; {source.channels} channels")
 
+# %% ../nbs/images/09_data.ipynb #d5f23512
+def _label_counts(source: Source) -> dict:
+    "Card entry if images may have several labels: number of training images with each."
+    several = several_labels(source.classes)
+    if several is None: return {}
+    train = source.train
+    numbers = train.labels.cpu() if source.in_memory else torch.tensor(source.labels(train))
+    counts = several[1][numbers[numbers >= 0]].sum(0).tolist()
+    return dict(labels=dict(zip(several[0], counts, strict=True)))
+
 # %% ../nbs/images/09_data.ipynb #f7673bf4
 def _info(source: Source, size: int) -> dict:
     "Description of the data, for result cards."
     info = dict(data=source.name, n_train=len(source.train), n_valid=len(source.valid),
                 split=source.split, size=size, in_memory=source.in_memory,
-                skipped=source.skipped, pixel_range=source.rules.ranges or None)
+                skipped=source.skipped, pixel_range=source.rules.ranges or None,
+                **_label_counts(source))
     return info if source.channels == 3 else info | dict(channels=source.channels)
 
 
 def _tell(source: Source, policy: Policy) -> None:
     "Print how the data were read and which policy is used, where there is something to report."
-    for line in (source.found, policy_line(policy, not source.in_memory)):
+    several = ("several labels for an image: no probe and no k-NN; simclr-evaluate --save fits a "
+               "classifier" if several_labels(source.classes) else None)
+    for line in (source.found, several, policy_line(policy, not source.in_memory)):
         if line: print(line)
 
 

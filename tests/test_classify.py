@@ -18,7 +18,7 @@ from simclr_nb.cli import evaluate, predict
 from simclr_nb.data import clean_loader, simclr_dls
 from simclr_nb.evaluate import image_classifier, readout
 from simclr_nb.evaluate.image_classifier import fit_classifier
-from simclr_nb.evaluate.prediction import load_classifier
+from simclr_nb.evaluate.prediction import load_classifier, save_classifier
 from simclr_nb.evaluate.prediction import predict as predict_images
 from simclr_nb.measure.representations import represent
 from simclr_nb.model.encoder import create_encoder, load_encoder, save_encoder
@@ -159,7 +159,7 @@ def test_damaged_and_missing_images(folder, call):
                           ("digits.safetensors", "gone.png"): "no image file or folder gone.png",
                           ("encoder.safetensors", "photos"): "no classifier",
                           ("labels.csv", "photos"): "damaged or no safetensors",
-                          ("gone.safetensors", "photos"): "no encoder file"}.items():
+                          ("gone.safetensors", "photos"): "no classifier file"}.items():
         code, _, err = call(predict, *argv)
         assert (code, err.count("\n")) == (2, 1) and message in err, err
         assert (path / "predictions.csv").read_bytes() == before
@@ -197,3 +197,49 @@ def test_batches_change_nothing(folder, bs):
     for a, b in zip(one, other, strict=True):
         assert a.name == b.name
         assert list(a.every.values()) == pytest.approx(list(b.every.values()), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "frame"])
+def test_a_table_is_predicted_in_its_order(folder, call, kind):
+    "Paths in the order of the table, as they stand there; the answers are those for the folder."
+    path, table = folder
+    fitted = fit_classifier("encoder.safetensors", "labels.csv", size=SIDE)
+    save_classifier(fitted, "digits.safetensors")
+    expected = {f"photos/{a.name}": a for a in predict_images(fitted, "photos")}
+    some = table[["path", "patient"]].sample(50, random_state=1).rename(columns=dict(path="File_Name"))
+    (path / "photos/000.png").write_bytes(b"damaged")
+    some = pd.concat([some[some["File_Name"] != "photos/000.png"],
+                      pd.DataFrame(dict(File_Name=["photos/000.png"]))])
+    if kind == "frame": answers = list(predict_images(fitted, some))
+    else:
+        if kind == "parquet": pytest.importorskip("pyarrow")
+        writer = dict(csv=some.to_csv, tsv=lambda name: some.to_csv(name, sep="\t"), parquet=some.to_parquet)[kind]
+        writer(f"new.{kind}")
+        code, out, err = call(predict, "digits.safetensors", f"new.{kind}", "--out", "answers.csv")
+        assert code == 0 and f"{len(some)} images: answers.csv" in out and "1 of them could not" in out, err
+        rows = list(csv.DictReader(open("answers.csv")))
+        assert [row["name"] for row in rows] == some["File_Name"].tolist()
+        sound = [row for row in rows if not row["problem"]]
+        assert len(sound) == len(some) - 1 and rows[-1]["problem"]
+        for row in sound:
+            assert row["class"] == expected[row["name"]].labels[0]
+            assert float(row["probability"]) == pytest.approx(expected[row["name"]].probabilities[0], abs=1e-4)
+        answers = list(predict_images(fitted, [f"new.{kind}", "photos/001.png"]))[:-1]
+    assert [a.name for a in answers] == some["File_Name"].tolist()
+    assert [a.labels for a in answers[:-1]] == [expected[a.name].labels for a in answers[:-1]]
+
+
+def test_tables_that_cannot_be_predicted(folder, call):
+    path, table = folder
+    save_classifier(fit_classifier("encoder.safetensors", "labels.csv", size=SIDE), "digits.safetensors")
+    table.rename(columns=dict(path="where"))[["where"]].to_csv("nameless.csv", index=False)
+    table.assign(path="photos/gone.png").to_csv("missing.csv", index=False)
+    table.head(0).to_csv("empty.csv", index=False)
+    before = (path / "labels.csv").read_bytes()
+    for argv, words in {("nameless.csv",): "nameless has no column for paths: it has where",
+                        ("missing.csv",): "240 of 240 files of missing do not exist",
+                        ("empty.csv",): "expected at least 1 image", ("gone.csv",): "no such table: gone.csv",
+                        ("labels.csv", "--out", "labels.csv"): "labels.csv is among the images"}.items():
+        code, _, err = call(predict, "digits.safetensors", *argv)
+        assert (code, err.count("\n")) == (2, 1) and words in err, err
+    assert (path / "labels.csv").read_bytes() == before and not (path / "predictions.csv").exists()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
 from simclr_nb import data
+from simclr_nb.images import source as sources
 from simclr_nb.images.arrays import is_resident
 from simclr_nb.images.pixels import read_image
 from simclr_nb.data import clean_loader, simclr_dls
@@ -22,6 +24,14 @@ from simclr_nb.images.find import find_source
 from simclr_nb.images.files import JpegLoader
 
 FLOWER = Image.fromarray(load_sample_images().images[1]).resize((60, 40))
+
+
+def test_without_a_network_the_message_says_where_cifar10_belongs(tmp_path, monkeypatch):
+    def refuse(url): raise URLError("no network")
+    monkeypatch.setattr(sources, "untar_data", refuse)
+    monkeypatch.setattr(sources, "fastai_path", lambda kind: tmp_path / kind)
+    with pytest.raises(ConnectionError, match="no network") as told: simclr_dls("cifar10")
+    assert f"CIFAR-10 is not in {tmp_path / 'data'}" in str(told.value)
 
 
 def pixels(image: Image.Image) -> torch.Tensor:

@@ -1,4 +1,5 @@
 "Data in every form that people have: same images, same order, same weights as from the folder they came from."
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from simclr_nb.cli import pretrain
+from simclr_nb.cli import evaluate, pretrain
 from simclr_nb.data import simclr_dls
 from simclr_nb.images.find import find_source
 from simclr_nb.images.tables import group_rows, table_source
@@ -191,3 +192,66 @@ def test_a_zip_cannot_lead_outside(tmp_path, cache):
 def test_stray_objects_are_refused():
     for data in (3, None, object()):
         with pytest.raises(ValueError, match="expected a folder, files, a table"): simclr_dls(data)
+
+
+# Several labels for an image
+
+def tagged_frame(root: Path) -> pd.DataFrame:
+    "The pictures of `root`, each with none, one or two of two labels."
+    frame = frame_of(root)
+    tags = [["even"] * (i % 2 == 0) + ["third"] * (i % 3 == 0) for i in range(len(frame))]
+    return frame.assign(label=tags)
+
+
+def as_text(tags: list[str]) -> str: return ";".join(tags) + ";" * (len(tags) < 2)
+
+
+def test_several_labels_through_the_command(root, tmp_path, call, monkeypatch):
+    "Pretraining works, without probe and k-NN; the card keeps the labels; the next step is named."
+    monkeypatch.chdir(tmp_path)
+    frame = tagged_frame(root)
+    frame["path"] = [str(root / name) for name in frame["path"]]
+    text = frame.assign(label=[as_text(tags) for tags in frame["label"]])
+    text.to_csv("tags.csv", index=False)
+    argv = "--epochs 1 --width 0.0625 --bs 8 --size 16 --workers 0 --out run".split()
+    code, out, err = call(pretrain, "tags.csv", *argv)
+    assert code == 0, err
+    assert "2 labels of its rows, several for an image\n" in out
+    assert out.count("several labels for an image: no probe and no k-NN; simclr-evaluate --save fits") == 1
+    history = pd.read_csv("run/history.csv")
+    assert list(history) == ["epoch", "train_loss", "valid_loss", "contrastive_top1", "time"]
+    assert np.isfinite(history["train_loss"][0]) and json.loads(Path("run/results.json").read_text()) == {}
+    assert "simclr-evaluate run/encoder.safetensors --data tags.csv --save" in Path("run/report.html").read_text()
+    info = json.loads(Path("run/config.json").read_text())["data"]
+    dls = simclr_dls("tags.csv", progress=False, device="cpu")
+    tags = dict(zip(frame["path"], frame["label"], strict=True))
+    train = [tags[str(path)] for path in dls.train.dataset.paths]
+    assert info["labels"] == {label: sum(label in names for names in train) for label in ("even", "third")}
+
+    for protocol in ("knn", "logistic", "linear", "finetune"):
+        code, _, err = call(evaluate, "run/encoder.safetensors", "--data", "tags.csv", "--protocol", protocol,
+                            "--size", "16", "--workers", "0", "--out", f"of-{protocol}")
+        assert code == 2 and "fit_classifier (--save) scores them" in err, err
+
+
+@pytest.mark.parametrize("kind", ["text", "lists", "parquet", "arrays"])
+def test_cells_with_several_labels(kind, root, tmp_path, capsys):
+    "Text with semicolons and lists are read alike, and pretraining sees the images of the folder."
+    frame = tagged_frame(root)
+    plain = frame.assign(label=[as_text(tags) for tags in frame["label"]])
+    if kind == "text": frame = plain
+    if kind == "arrays": frame["label"] = [np.array(tags, object) for tags in frame["label"]]
+    table = table_source(frame, root=root, name="tags")
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+        frame.to_parquet(tmp_path / "tags.parquet")
+        table = table_source(tmp_path / "tags.parquet", root=root)
+    expected = table_source(plain, root=root, name="tags")
+    assert (table.classes, table.found) == (expected.classes, expected.found)
+    assert list(table.train) == list(expected.train) and list(table.valid) == list(expected.valid)
+    assert table.labels(table.train) == expected.labels(expected.train)
+    dls = simclr_dls(table, bs=8, seed=0, device="cpu", num_workers=0, progress=False)
+    assert dls.classes == [] and set(dls.label_sets) == {"even;", "third;", "even;third", ";"}
+    learn = simclr_learner(dls, width=0.0625)
+    with learn.no_bar(), learn.no_logging(): learn.pretrain(1)
+    assert list(learn.history()) == ["train_loss", "valid_loss", "contrastive_top1"]

@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from simclr_nb.data import simclr_dls
+from simclr_nb.images.files import read_pixels
 from simclr_nb.learner import contrastive_learner, simclr_learner
 from simclr_nb.loss.tiled import NTXent
 from simclr_nb.model.encoder import create_encoder
@@ -184,3 +185,48 @@ def test_contrastive_learner_takes_views_of_a_transform():
     model = SimCLR(encoder, projection_head(encoder.out_dim))
     views = TwoViews(of_albumentations(16), partial(of_kornia(16)))
     fit(contrastive_learner(dls, model, NTXent(), views, partial(create_optimizer, "lars")))
+
+
+CROPS = {  # kornia transforms batches; these share draws within one, some by default
+    "plain": lambda: K.RandomResizedCrop((24, 24)),
+    "same_on_batch": lambda: K.RandomResizedCrop((24, 24), same_on_batch=True),
+    "sequential": lambda: nn.Sequential(K.SmallestMaxSize(80), K.RandomCrop((24, 24)), K.RandomHorizontalFlip()),
+    "augmentations": lambda: K.AugmentationSequential(K.RandomResizedCrop((24, 24)), data_keys=["input"])}
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_kornia_crops_files_of_many_sizes_one_by_one(crop, pictures, capsys):
+    "Each view is what kornia makes of that file alone, with a draw of its own."
+    dls = simclr_dls(pictures, policy=CROPS[crop](), bs=8, seed=0, device="cpu", num_workers=0)
+    out = capsys.readouterr().out
+    assert "image by image in the workers\n" in out and "same_on_batch" not in out
+    files, theirs = dls.train.dataset, CROPS[crop]()
+    assert len({tuple(read_pixels(path).shape) for path in files.paths}) > 8
+    for i in range(6):
+        torch.manual_seed(i)
+        pair, _ = files[i]
+        torch.manual_seed(i)
+        seeds = [torch.randint(2**62, (1,)).item() for _ in range(2)]
+        image = read_pixels(files.paths[i])[None].float() / 255
+        for view, seed in zip(pair, seeds, strict=True):
+            torch.manual_seed(seed)
+            assert torch.equal(view, theirs(image)[0].clamp(0, 1).mul(255).round().byte())
+        assert not torch.equal(*pair)
+    learn = simclr_learner(dls, width=0.0625)
+    with learn.no_bar(), learn.no_logging(): learn.pretrain(1)
+    assert np.isfinite(learn.history()["train_loss"][0])
+
+
+def test_a_crop_that_files_do_not_bear(pictures, tmp_path):
+    "One sentence with the way out: at once, or with the name of the file that is too small."
+    options = dict(size=None, bs=8, seed=0, device="cpu", num_workers=0, progress=False)
+    for crop in (K.RandomResizedCrop((24, 24), p=0.5), v2.RandomApply([v2.RandomResizedCrop(24)], p=0.5)):
+        with pytest.raises(ValueError, match=r"let it crop always \(p=1\)$") as error:
+            simclr_dls(pictures, policy=crop, **options)
+        assert "\n" not in str(error.value)
+    for i, file in enumerate(pictures.rglob("*.png")): Image.open(file).save(tmp_path / f"{i}.png")
+    dls = simclr_dls(tmp_path, policy=K.CenterCrop((100, 100)), **options)
+    Image.new("RGB", (90, 120)).save(dls.train.dataset.paths[0])
+    name = dls.train.dataset.paths[0].name
+    with pytest.raises(ValueError, match=f"{name}: the policy kornia CenterCrop failed on an image .*smaller"):
+        dls.train.dataset[0]

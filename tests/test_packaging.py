@@ -30,7 +30,9 @@ ini = ConfigParser(delimiters=["="])
 ini.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 REQUIREMENTS = [Requirement(r) for r in cfg["requirements"].split()]
-DEV = [Requirement(r) for r in cfg["dev_requirements"].split()]
+EXTRAS = {key.removesuffix("_requirements"): [Requirement(r) for r in value.split()]
+          for key, value in cfg.items() if key.endswith("_requirements")}
+DEV = EXTRAS["dev"]
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.stem != "_modidx")
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb")
                    if ".ipynb_checkpoints" not in p.parts)
@@ -84,7 +86,8 @@ def test_installed_metadata_is_settings():
     def facts(requirements): return {(r.name, str(r.specifier)) for r in requirements}
     requires = [Requirement(r) for r in dist.requires]
     assert facts(r for r in requires if "extra" not in str(r.marker)) == facts(REQUIREMENTS)
-    assert facts(r for r in requires if "extra" in str(r.marker)) == facts(DEV)
+    optional = facts(r for r in requires if "extra" in str(r.marker))
+    assert facts(DEV) <= optional <= facts(r for group in EXTRAS.values() for r in group)
     scripts = {f"{e.name}={e.value}" for e in dist.entry_points if e.group == "console_scripts"}
     assert scripts == set(cfg["console_scripts"].split())
 
@@ -373,11 +376,36 @@ def test_built_distributions(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
     modules = {name(p) for p in PACKAGE.rglob("*") if p.suffix in (".py", ".json", ".js", ".css", ".html")}
-    with zipfile.ZipFile(wheel) as z: inside = set(z.namelist())
+    with zipfile.ZipFile(wheel) as z:
+        inside = set(z.namelist())
+        (about,) = (z.read(n).decode() for n in inside if n.endswith(".dist-info/METADATA"))
     assert {n for n in inside if ".dist-info/" not in n} == modules
+    assert set(re.findall(r"^Provides-Extra: (\S+)$", about, re.M)) == set(EXTRAS)
     assert any(n.endswith("licenses/LICENSE") for n in inside)
     with tarfile.open(sdist) as t:
         packed = {m.name.split("/", 1)[1] for m in t.getmembers() if m.isfile()}
     plain = """settings.ini setup.py pyproject.toml setup.cfg MANIFEST.in README.md LICENSE
                CHANGELOG.md PKG-INFO""".split()
     assert {n for n in packed if ".egg-info/" not in n} == modules | set(plain)
+
+
+def test_messages_name_extras_that_exist():
+    named = {hit for path in MODULES for hit in re.findall(r"simclr_nb\[(\w+)\]", path.read_text("utf-8"))}
+    assert "log" in named and named <= set(EXTRAS)
+
+
+def test_an_editable_install_is_found_from_the_folder_that_holds_the_clone(tmp_path):
+    "There Python sees a folder `simclr_nb` without `__init__.py`; only a package on the path comes before it."
+    for path in ("setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE"):
+        (tmp_path / "simclr_nb").mkdir(exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / "simclr_nb" / path)
+    (tmp_path / "simclr_nb/simclr_nb").mkdir()
+    shutil.copy(PACKAGE / "__init__.py", tmp_path / "simclr_nb/simclr_nb")
+    build = "from setuptools.build_meta import build_editable; build_editable('.')"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path / "simclr_nb", capture_output=True,
+                          text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tmp_path / "simclr_nb").glob("*.whl")
+    with zipfile.ZipFile(wheel) as z:
+        (line,) = (z.read(n).decode().strip() for n in z.namelist() if n.endswith(".pth"))
+    assert Path(line).resolve() == (tmp_path / "simclr_nb").resolve()

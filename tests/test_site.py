@@ -22,6 +22,7 @@ PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html"))
 NOTEBOOKS = sorted(p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb")
                    if ".ipynb_checkpoints" not in p.parts)
 FOLDERS = ["tutorials", *(wing for wing, about in WINGS.items() if about)]
+PAPERS = ("https://arxiv.org/abs/", "https://doi.org/")  # the only addresses outside the site
 WINDOWS = {"desktop": (1280, "light"), "tablet": (820, "dark"), "phone": (390, "light")}
 
 
@@ -59,6 +60,9 @@ def test_every_notebook_is_a_page_and_in_the_sidebar():
     assert sorted(set(links)) == PAGES
     for title, purpose in filter(None, WINGS.values()):  # each wing says what it is for
         assert f'{html.escape(title)} <span class="wing">{html.escape(purpose)}</span>' in sidebar
+    room = (SITE / "loss/tiled.html").read_text(encoding="utf-8")
+    crumbs = within(room, 'class="breadcrumb"', "</ol>")
+    assert re.findall(r">([^<>]+)</a>", crumbs) == ["Loss", "Tiled loss"]  # and not the purpose
     in_order = [page for page in links if "/" in page and not page.startswith("tutorials")]
     wings = list(dict.fromkeys(page.split("/")[0] for page in in_order))
     assert wings == [wing for wing, about in WINGS.items() if about]
@@ -69,7 +73,7 @@ def test_links_resolve(page):
     broken = []
     for link in parsed(page).links:
         url = urlsplit(link)
-        if url.scheme == "data": continue
+        if url.scheme == "data" or link.startswith(PAPERS): continue
         assert not url.scheme and not url.netloc, f"an address outside the site: {link}"
         target = (SITE / page).parent / unquote(url.path) if url.path else SITE / page
         if target.is_dir(): target /= "index.html"
@@ -78,6 +82,17 @@ def test_links_resolve(page):
             ids = parsed(target.resolve().relative_to(SITE.resolve()).as_posix()).ids
             if unquote(url.fragment) not in ids: broken.append(link)
     assert broken == []
+
+
+def test_front_page_leads_to_every_wing_and_tutorial():
+    "On the site and in README.md, whose links and pictures exist."
+    links = {link.removeprefix("./") for link in parsed("index.html").links}
+    tutorials = [page_of(f"tutorials/{path.name}") for path in rooms("tutorials")]
+    assert {*tutorials, *(f"{wing}/index.html" for wing in FOLDERS[1:])} <= links
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    paths = [p for p in re.findall(r"\]\(([^)\s]+)\)", text) if not p.startswith(PAPERS)]
+    assert [p for p in paths if not (ROOT / p).exists()] == []
+    assert {f"nbs/tutorials/{path.name}" for path in rooms("tutorials")} <= set(paths)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -39,6 +39,7 @@ from cells import hidden_imports
 from wings import NUMBER, ROOT, WINGS, exported, rooms
 
 OUTSIDE = re.compile(r"^\s*(?:[a-z][a-z0-9+.-]*:)?//|^\s*(?:mailto|ftp):", re.I)
+PAPER = re.compile(r"https://(?:arxiv\.org/abs/|doi\.org/)")  # a link for the reader; no page fetches it
 URL = re.compile(r"(?:url\(|@import\s+(?!url))\s*['\"]?([^'\")\s;]+)")
 WEB_FONT = re.compile(r"@import url\([^)]*\);?")  # the theme's; the system's fonts serve as well
 KATEX = re.compile(r'<(?:link|script)[^>]*katex[^>]*>(?:</script>)?\n?')
@@ -86,16 +87,6 @@ def overview(page: Path, dst: Path) -> str:
     text = re.sub(r"\[\]\((\S+\.ipynb)\)", link, page.read_text("utf-8"))
     text = text.replace("<!-- rooms -->", "## In reading order\n\n" + "\n".join(rooms_in_order))
     return renumbered(FIGURE.sub(figure, text))
-
-
-def wing_table() -> str:
-    "The table of the index: a row for each wing, its rooms as links."
-    lines = ["| wing | what it is for | rooms |", "|---|---|---|"]
-    for wing, about in WINGS.items():
-        if about is None: continue
-        links = [f"[{title(path)}]({wing}/{path.name})" for path in rooms(wing)]
-        lines.append(f"| [{about[0]}]({wing}/index.md) | {about[1]} | {', '.join(links)} |")
-    return "\n".join(lines)
 
 
 def sidebar() -> list:
@@ -168,8 +159,7 @@ def processed(path: Path):
         nb.cells.insert(first, imports)
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            source = NESTED_LINK.sub(r"[\1](", cell.source.replace("<!-- wings -->", wing_table()))
-            cell.source = renumbered(source)
+            cell.source = renumbered(NESTED_LINK.sub(r"[\1](", cell.source))
         if cell.cell_type == "raw": cell.source = re.sub(r"(?m)^output-file: .*\n", "", cell.source)
         for out in cell.get("outputs", []):  # a terminal goes back to the start of the line at \r
             if "text" in out: out["text"] = re.sub(r"[^\n]*\r", "", "".join(out["text"]))
@@ -215,24 +205,18 @@ def picture(cell) -> tuple[str, str, bytes] | None:
 
 
 def readme(index: Path, site: Path) -> str:
-    "README.md: the index's prose, pictures and code, with links into docs/; pictures go to `site`."
+    "README.md: the index's prose, pictures and code, with links to notebooks; pictures go to `site`."
     def link(m):
         if OUTSIDE.match(m[1]) or m[1].startswith("#"): return m[0]
-        return f"](docs/{m[1].lstrip('/').replace('.ipynb', '.html')})"
-    front, *cells = read_nb(index).cells
-    meta = yaml.safe_load(front.source.strip().strip("-"))
-    parts = ["<!-- Written by tools/build_docs.py from nbs/index.ipynb; edit that. -->",
-             f"# {meta['title']}", f"> {meta['description']}"]
-    for cell in cells:
-        text = re.sub(r"(?m)^<!--.*?-->$|^#\|.*$", "", cell.source).strip()
+        return f"](nbs/{m[1].removesuffix('/index.md')})"  # a code host lists a folder
+    parts = ["<!-- Written by tools/build_docs.py from nbs/index.ipynb; edit that. -->"]
+    for cell in read_nb(index).cells:
         if shown := picture(cell):
             alt, kind, content = shown
             name = f"readme_{len(parts)}.{kind}"
             (site / name).write_bytes(content)
             parts.append(f"![{alt}](docs/{name})")
-        if not text or "echo: false" in cell.source: continue
-        if cell.cell_type == "code": parts.append(f"```python\n{text}\n```")
-        else: parts.append(re.sub(r"\]\(([^)\s]+)\)", link, text))
+        if cell.cell_type == "markdown": parts.append(re.sub(r"\]\(([^)\s]+)\)", link, cell.source.strip()))
     return "\n\n".join(parts) + "\n"
 
 
@@ -285,6 +269,7 @@ class Addresses(HTMLParser):
     def handle_starttag(self, tag, attrs):
         for key, value in attrs:
             urls = URL.findall(value or "") if key == "style" else [value or ""]
+            if tag == "a" and PAPER.match(value or ""): continue
             if key != "xmlns" and any(map(OUTSIDE.match, urls)):
                 self.outside.append(f"<{tag} {key}={value}>")
 
@@ -310,12 +295,14 @@ def build(tmp: Path) -> tuple[Path, str]:
     stage(get_config().nbs_path, tmp)
     built = smalldocs.site.build(tmp, quiet=True)
     if built.warnings: raise SystemExit("\n".join(built.warnings))
-    text = readme(tmp / "index.ipynb", built.out)
+    text = readme(get_config().nbs_path / "index.ipynb", built.out)
     for page in built.out.rglob("*.html"):
         body = KATEX.sub("", page.read_text("utf-8"))
-        for wing, purpose in filter(None, WINGS.values()):  # what a wing is for, on a line of its own
-            body = body.replace(html.escape(f"{wing}: {purpose}"),
-                                f'{wing} <span class="wing">{html.escape(purpose)}</span>')
+        for wing, purpose in filter(None, WINGS.values()):
+            named = html.escape(f"{wing}: {purpose}")
+            body = re.sub(f'(<li class="breadcrumb-item"><a [^>]*>){re.escape(named)}', rf"\1{wing}", body)
+            own_line = f'{wing} <span class="wing">{html.escape(purpose)}</span>'
+            body = body.replace(named, own_line)  # in the sidebar
         body = FUSE.sub("site_libs/search.js", METHOD.sub(r"\1<wbr>", HERE.sub("", body)))
         page.write_text(SPAN.sub(mathml, body), "utf-8")
     own_search(built.out)

@@ -1,4 +1,4 @@
-"""The one list of wings. Sidebar, index, README and the import test read it; rooms come from the folders.
+"""The one list of wings. Sidebar, index and the import test read it; rooms come from the folders.
 
 A wing is a folder of notebooks and the sub-package they export; a room is one notebook and its module.
 A room may import from a wing or door higher in this list, or from a lower number in its own wing.
@@ -9,16 +9,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = re.compile(r"^\d+[a-zA-Z0-9]*_")  # `01_show` is the room, and the page, `show`
 WINGS = {  # name: title, what it is for
-    "core": ("Core", "figures, processes, files that are whole, long work"),
+    "core": ("Core", "figures, processes, atomic files, long work"),
     "views": ("Views", "the paper's augmentations, two views of every image"),
     "model": ("Model", "encoders and projection heads"),
-    "convert": ("Convert", "weights in from where people have them, out to where they use them"),
+    "convert": ("Convert", "weights from and to other libraries"),
     "loss": ("Loss", "NT-Xent and the losses it is compared with"),
     "images": ("Images", "from folders, shards and arrays to batches on the device"),
     "data": None,
-    "parallel": ("Parallel", "one batch over many processes, or in micro-batches"),
+    "parallel": ("Parallel", "one batch on many processes, or in micro-batches"),
     "plan": ("Plan", "what a run costs in time, memory and traffic, before it starts"),
-    "measure": ("Measure", "what a representation knows, and how sure that is"),
+    "measure": ("Measure", "what a representation contains, with intervals"),
     "train": ("Train", "optimiser, callbacks, checkpoints, the learner"),
     "learner": None,
     "evaluate": ("Evaluate", "k-NN, logistic, linear, fine-tuning; results that can be compared"),

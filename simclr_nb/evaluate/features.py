@@ -52,6 +52,7 @@ class Features:
     h_test: Tensor  # `(N, D)`
     y_test: Tensor  # `(N,)`
     card: dict = field(default_factory=dict)  # Encoder, data, preprocessing
+    groups: list | None = None  # Group of each training image, for held-out parts; None: no groups
 
     def __post_init__(self): check_labelled(self.y_train)
 
@@ -81,13 +82,16 @@ def encoder_features(
     start = time.perf_counter()
     train, test = (represent(encoder, clean_loader(dls, i), progress) for i in (0, 1))
     card |= speed(time.perf_counter() - start, len(train[1]) + len(test[1]))
-    return Features(*train, *test, encoder_card(encoder, dls, name, **card))
+    return Features(*train, *test, encoder_card(encoder, dls, name, **card), dls.train_groups)
 
 # %% ../../nbs/evaluate/03_features.ipynb #ec7b5132
 def check_split(
     dls: SimCLRDataLoaders,  # Its validation set is used as the test set
 ) -> None:
-    "Raise `ValueError` if labels are missing, or if they leave only one possible score."
+    "Raise `ValueError` for missing or several labels, or ones that leave one possible score."
+    if dls.label_sets: raise ValueError(
+        "an image may have several labels here: fit_classifier (--save) scores them, and no other "
+        "protocol")
     labels = [loader.dataset.labels for loader in dls]
     for y in labels: check_labelled(y)
     check_answerable(*labels)
@@ -106,7 +110,7 @@ def pixel_features(
     card = encoder_card(nn.Identity(), dls, "pixels",
                         **speed(time.perf_counter() - start, len(y_train) + len(y_test)))
     card["feature"] = f"pixels, {side} x {side}"
-    return Features(h_train, y_train.cpu(), h_test, y_test.cpu(), card)
+    return Features(h_train, y_train.cpu(), h_test, y_test.cpu(), card, dls.train_groups)
 
 # %% ../../nbs/evaluate/03_features.ipynb #6f5ef59e
 def random_encoder(

@@ -32,6 +32,7 @@ from simclr_nb.evaluate.classifier import (
 )
 from .features import Features, encoder_card
 from .logistic import L2_STRENGTHS, fit_logistic
+from .readout import held_out_parts
 from .result import Result, accuracy_result, environment, mean_result
 from ..images.arrays import ImageArrays
 from ..images.files import ImageFiles
@@ -67,8 +68,11 @@ def _standardize(h: Tensor, *others: Tensor) -> list[Tensor]:
     return [(features - mean) / std for features in (h, *others)]
 
 # %% ../../nbs/evaluate/05_frozen.ipynb #0c90b3c8
-def _folds(y: np.ndarray) -> Iterable:
+def _folds(y: np.ndarray, groups: Sequence | None = None) -> Iterable:
     "Rows to fit and to select on: stratified five-fold, or one 80:20 split for many images."
+    if groups is not None:
+        parts = held_out_parts(torch.from_numpy(y), groups, all_up_to=2000)
+        return [tuple(rows.numpy() for rows in part) for part in parts]
     from sklearn.model_selection import KFold, StratifiedKFold, StratifiedShuffleSplit
 
     fewest = np.unique(y, return_counts=True)[1].min()
@@ -82,11 +86,12 @@ def select_l2(
     h: Tensor,  # Features of the labelled training images, `(N, D)`
     y: Tensor,  # Their classes, `(N,)`
     l2: Sequence[float] = L2_STRENGTHS,  # Strengths to choose from
+    groups: Sequence | None = None,  # Group of each image, never split; None: no groups
 ) -> float:
     "Strength with the best accuracy on held-out training images; the middle one if several tie."
     n_classes = int(y.max()) + 1
     correct = 0
-    for rows in _folds(y.cpu().numpy()):
+    for rows in _folds(y.cpu().numpy(), groups):
         fitted, held_out = (torch.from_numpy(r).to(h.device) for r in rows)
         h_fit, h_valid = _standardize(h[fitted], h[held_out])
         fit = fit_logistic(h_fit, y[fitted], l2, n_classes)
@@ -95,6 +100,12 @@ def select_l2(
     return l2[best[len(best) // 2]]
 
 # %% ../../nbs/evaluate/05_frozen.ipynb #a88f96fd
+def _strength(f: Features, rows: Tensor, l2: Sequence[float]) -> float:
+    "Strength selected on these rows of the training images; splits no group."
+    groups = None if f.groups is None else [f.groups[row] for row in rows.tolist()]
+    return select_l2(f.h_train[rows], f.y_train[rows], l2, groups)
+
+
 def _fit_and_predict(f: Features, rows: Tensor, l2: float) -> Tensor:
     "Predicted classes of the test images, from a fit to these rows of the training images."
     h_train, h_test = _standardize(f.h_train[rows], f.h_test)
@@ -115,12 +126,13 @@ def logistic_accuracy(
     few = fraction is not None or per_class is not None
     seeds = list(range(draws if few else 1))
     subsets = [labelled_rows(f.y_train, fraction, per_class, seed=seed) for seed in seeds]
-    selected = [select_l2(f.h_train[rows], f.y_train[rows], l2) for rows in subsets]
+    selected = [_strength(f, rows, l2) for rows in subsets]
     predicted = [_fit_and_predict(f, *fit) for fit in zip(subsets, selected, strict=True)]
     card = dict(protocol="logistic regression", labels=describe_labels(f.y_train, subsets[0]),
                 optimizer="L-BFGS", epochs="none", bs="none", label_seeds=seeds if few else "none",
                 l2=f"{len(l2)} strengths, {min(l2):g} to {max(l2):g}", selected=selected,
-                selection="accuracy on held-out labelled training images",
+                selection="accuracy on held-out labelled training images"
+                + ("" if f.groups is None else ", no group split"),
                 seconds=time.perf_counter() - start)
     results = [f.result(p, rows, **card) for p, rows in zip(predicted, subsets, strict=True)]
     if not few: return results[0]

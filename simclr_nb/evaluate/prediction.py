@@ -24,6 +24,7 @@ from .result import Result
 from ..images.bands import BAND_SUFFIXES
 from ..images.listing import IMAGE_SUFFIXES, index_images
 from ..images.pixels import PixelRules, pixel_rules
+from ..images.tables import is_table, table_files
 from ..measure.representations import represent
 from ..model.encoder import load_beside, load_encoder, save_encoder
 
@@ -76,6 +77,7 @@ def load_classifier(
     device: str | torch.device = "cpu",  # Device of the encoder
 ) -> ImageClassifier:
     "Load a classifier; raises `FileNotFoundError`, and `ValueError` for a bad file."
+    if not Path(path).is_file(): raise FileNotFoundError(f"no classifier file {quoted(path)}")
     encoder = load_encoder(path, device)
     facts = encoder.metadata.get("classifier")
     if not isinstance(facts, dict):
@@ -99,28 +101,35 @@ def load_classifier(
 class Prediction:
     "Prediction of a classifier for one image."
 
-    name: str  # Path of the file relative to its folder, or as you passed it
+    name: str  # Path of the file relative to its folder, or as in your table or list
     labels: list[str]  # The class, or the labels that reach their threshold; empty if unreadable
     probabilities: list[float]  # Calibrated probability of each of `labels`
     every: dict[str, float] = field(default_factory=dict, repr=False)  # Probability of every class
     problem: str = ""  # Why the image could not be read; empty if it could
 
 # %% ../../nbs/evaluate/04e_prediction.ipynb #d7015f4c
+def _files_of(image: object, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
+    "Names and files of a frame, a folder, a table or a single image."
+    if hasattr(image, "columns"): return table_files(image)
+    path = Path(image).expanduser()
+    if path.is_dir(): return [(str(p), p) for p in index_images(path, suffixes=suffixes)]
+    if is_table(path): return table_files(path)
+    if path.is_file(): return [(str(image), path)]
+    raise FileNotFoundError(f"no image file or folder {quoted(image)}")
+
+# %% ../../nbs/evaluate/04e_prediction.ipynb #f20d471f
 def image_files(
-    images: str | Path | Sequence[str | Path],  # Folder (searched at any depth), file, or several
+    images,  # Folder (searched at any depth), table or frame with paths, file, or a list of these
     suffixes: Sequence[str] = IMAGE_SUFFIXES,  # Suffixes of images in a folder, lower case
-) -> list[tuple[str, Path]]:  # Names and files; those of a folder sorted
-    "List image files; raises `FileNotFoundError`, and `ValueError` for a folder without images."
-    if isinstance(images, (str, os.PathLike)):
-        folder = Path(images).expanduser()
-        if not folder.is_dir(): return image_files([images])
+) -> list[tuple[str, Path]]:  # Names and files: sorted in a folder, in the order of a table
+    "List image files; raises `FileNotFoundError`, and `ValueError` if there are none."
+    is_path = isinstance(images, (str, os.PathLike))
+    folder = Path(images).expanduser() if is_path else None
+    if is_path and folder.is_dir():
         return [(str(p.relative_to(folder)), p) for p in index_images(folder, suffixes=suffixes)]
     files = []
-    for image in images:
-        path = Path(image).expanduser()
-        if path.is_dir(): files += [(str(p), p) for p in index_images(path, suffixes=suffixes)]
-        elif path.is_file(): files.append((str(image), path))
-        else: raise FileNotFoundError(f"no image file or folder {quoted(image)}")
+    for image in [images] if is_path or is_table(images) else images:
+        files += _files_of(image, suffixes)
     if not files: raise ValueError("expected at least 1 image")
     return files
 
@@ -169,7 +178,7 @@ def _batches(classifier: ImageClassifier, files: list, bs: int,
 # %% ../../nbs/evaluate/04e_prediction.ipynb #9db959ba
 def predict(
     classifier: ImageClassifier | str | Path,  # Classifier, or its file
-    images: str | Path | Sequence[str | Path],  # Folder, file, or several of both
+    images: str | Path | Sequence[str | Path],  # Folder, table with paths, file, or several
     bs: int = 64,  # Images in a batch, at least 1; two batches are in memory
     threads: int | None = None,  # Decoding threads; default: one per core
 ) -> Iterator[Prediction]:  # In the order of the files

@@ -161,6 +161,12 @@ class CleanFiles:
         return _square_of(pixels, self.size), self.labels[i]
 
 # %% ../../nbs/images/05_files.ipynb #363dd7b3
+def _given_views(pixels: Tensor, crop: GivenCrop, path: object) -> Tensor:
+    "Two views by a transform of the user; raises `ValueError` that names the file."
+    try: return crop.views(pixels)
+    except ValueError as error: raise ValueError(f"{quoted(path)}: {error}") from error
+
+
 def _cropped(pixels: Tensor, box: list[int], flip: bool, crop: RandomResizedCrop) -> Tensor:
     "Make one crop of an image, `(C, S, S)`, uint8."
     if crop.antialias and crop.interpolation in ("bilinear", "bicubic"):
@@ -190,7 +196,8 @@ class ImageFiles:
 
     def __getitem__(self, i):
         pixels = read_pixels(self.paths[i], self.rules)
-        if isinstance(self.crop, GivenCrop): return self.crop.views(pixels), self.labels[i]
+        if isinstance(self.crop, GivenCrop):
+            return _given_views(pixels, self.crop, self.paths[i]), self.labels[i]
         boxes, flips = self.crop.draw(2, *pixels.shape[1:])
         pair = zip(boxes.tolist(), flips, strict=True)
         return torch.stack([_cropped(pixels, *drawn, self.crop) for drawn in pair]), self.labels[i]

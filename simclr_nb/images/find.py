@@ -23,7 +23,7 @@ from ..core.store import cache_folder
 from .listing import IMAGE_SUFFIXES
 from .objects import array_source, dataset_source
 from .shards import is_shards
-from .tables import files_source, table_source
+from .tables import files_source, is_table, table_source
 from simclr_nb.images.source import (
     NAMED_SOURCES,
     Source,
@@ -83,12 +83,11 @@ def given_source(
     "Source from an object, a table file or a zip file; raises like the function that reads it."
     if isinstance(data, Source): return data
     if isinstance(data, (str, Path)):
-        kind = Path(data).suffix.lower()
         if os.path.isdir(data): return None
-        if kind == ".zip": return zip_source(data)
-        return table_source(data) if kind in (".csv", ".tsv", ".parquet") else None
+        if Path(data).suffix.lower() == ".zip": return zip_source(data)
+        return table_source(data) if is_table(data) else None
     if isinstance(data, (np.ndarray, Tensor)): return array_source(data)
-    if hasattr(data, "columns") and hasattr(data, "iloc"): return table_source(data)
+    if is_table(data): return table_source(data)
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], (np.ndarray, Tensor)):
         return array_source(*data)
     if isinstance(data, (list, tuple)) and all(isinstance(file, (str, Path)) for file in data):

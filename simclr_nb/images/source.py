@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from .layout import read_layout
 from .listing import IMAGE_SUFFIXES, Items, has_images, index_images
 from .pixels import PixelRules, PixelSummary
 from .shards import ShardIndex, is_shards, open_shards
-from fastai.data.external import URLs, untar_data
+from fastai.data.external import URLs, fastai_path, untar_data
 
 # %% ../../nbs/images/06_source.ipynb #3505f992
 def find_images(
@@ -146,8 +147,12 @@ def digits_source() -> Source:  # 1,347 training and 450 validation images, 8 x 
 
 # %% ../../nbs/images/06_source.ipynb #688c44e4
 def cifar10_source() -> Source:  # 50,000 training and 10,000 test images, 32 x 32
-    "CIFAR-10 (Krizhevsky 2009) from fastai's data folder; downloads 135 MB the first time."
-    return folder_source(untar_data(URLs.CIFAR), "cifar10")
+    "CIFAR-10 (Krizhevsky 2009), downloaded once (135 MB); raises `ConnectionError` if that fails."
+    try: folder = untar_data(URLs.CIFAR)
+    except URLError as error:
+        raise ConnectionError(f"CIFAR-10 is not in {quoted(fastai_path('data'))}, and its download "
+                              f"failed: {error.reason}") from None
+    return folder_source(folder, "cifar10")
 
 # %% ../../nbs/images/06_source.ipynb #9813d61e
 NAMED_SOURCES = dict(digits=digits_source, cifar10=cifar10_source)

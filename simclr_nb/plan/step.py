@@ -72,12 +72,12 @@ def _watch_norms(model: nn.Module, calls: list[NormCall]) -> list:
     return [layer.register_forward_hook(note) for layer in batch_norms(model)]
 
 # %% ../../nbs/plan/01b_step.ipynb #612e7696
-def _parabola(values: list[float]) -> tuple[float, float, float]:
-    "Coefficients a, b and c of a + b n + c n^2, from values at n = 2, 3 and 4."
+def _parabola(values: list[float], unit: int = 1) -> tuple[float, float, float]:
+    "Coefficients a, b and c of a + b n + c n^2, from values at n = 2, 3 and 4 times the unit."
     two, three, four = values
     c = (four - 2 * three + two) / 2
     b = three - two - 5 * c
-    return two - 2 * b - 4 * c, b, c
+    return two - 2 * b - 4 * c, b / unit, c / unit**2
 
 
 def _loss_ops(step: Step, z: Tensor, n: int) -> dict[str, float]:
@@ -151,8 +151,9 @@ def count_method(
     h, z = few.out
     one = torch.empty(len(z) // 64, *z.shape[1:], device="meta")  # z of one image
     step.model.float()
-    of_loss = [_loss_ops(step, one, n) for n in (2, 3, 4)]
-    loss = {k: _parabola([found[k] for found in of_loss]) for k in of_loss[0]}
+    unit = 1 if step.tiled else 128
+    of_loss = [_loss_ops(step, one, n * unit) for n in (2, 3, 4)]
+    loss = {k: _parabola([found[k] for found in of_loss], unit) for k in of_loss[0]}
     dims = h.numel() // 64, one.numel()
     norms = [call.channels for call in calls]
     network = Count(*slopes(few, many, 128 - 64), params, norms, dims, units=1)

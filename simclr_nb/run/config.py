@@ -38,7 +38,7 @@ class RunConfig:
     "Settings of a pretraining run."
 
     data: str = "digits"  # "digits", "cifar10", a folder, labelled or not, a table, a zip file
-    method: str = "simclr"  # A key of `METHODS`; values in brackets below are those of amdim
+    method: str = "simclr"  # simclr, instdisc, moco, moco_v2, pirl, cmc, cpc, amdim; (...): amdim's
     preset: str | None = None  # digits, cifar, photos-cpu, gpu, eight-gpus: fills in open settings
     arch: str | None = None  # Encoder: resnet18, 34, ... 200 (amdim/NDF-RKHS-DEPTH: 32-256-2)
     width: float | None = None  # Multiplies the channels of a ResNet; 0.25
@@ -48,6 +48,7 @@ class RunConfig:
     temperature: float | None = None  # Softmax temperature of the loss; 0.5 for digits, else 0.2
     lr: float | None = None  # Base learning rate; twice the paper's: sqrt 0.15, linear 0.6 (0.002)
     loss: str | None = None  # nt_xent, nt_logistic, margin_triplet, ... (Table 4); nt_xent
+    groups: bool | None = None  # Images of one group (a column of the table) are no negatives
     similarity: str | None = None  # Similarity: cosine, or dot, not normalised (Table 5)
     head: str | None = None  # Projection head: identity, linear or mlp (Figure 8); mlp
     hidden_layers: int | None = None  # Hidden layers of an mlp head; 1
@@ -243,7 +244,7 @@ _OF_MOCO = dict(momentum=0.99, negatives=None, splits=8)
 METHODS = {  # value of `RunConfig.method` to its description
     "simclr": Method("SimCLR", simclr_learner, _simclr_defaults, _check_simclr,
                      ("width", "temperature", "zero_init_last", "loss", "similarity", "head",
-                      "hidden_layers", "out_dim", "batch_norm", "stem", "optimizer",
+                      "hidden_layers", "out_dim", "batch_norm", "stem", "optimizer", "groups",
                       "weight_decay", "second_policy"), ("scaling", "warmup_epochs", "minutes")),
     "amdim": Method("AMDIM", amdim_learner, _amdim_defaults, _check_amdim),
     "instdisc": Method("InstDisc", instdisc_learner, partial(_memory_defaults, momentum=0.5),

@@ -260,7 +260,8 @@ def encoder_findings(
 
 # %% ../../nbs/run/01d_findings.ipynb #427f7aa7
 _LOOK = ("<style>.t { display: inline-block; width: 48px; height: 48px; margin: 1px; "
-         "background-size: cover } .p { width: 72px } .t, .p { image-rendering: pixelated } "
+         "background-size: cover } .p { width: 72px; max-width: none } "
+         ".t, .p { image-rendering: pixelated } "
          ".p + small { max-width: 96px; overflow-wrap: anywhere } "
          ".advice { border-left: 4px solid #D55E00; padding-left: .8rem }</style>")
 

@@ -52,7 +52,7 @@ class PredictConfig:
     "Settings of a prediction."
 
     classifier: str  # File from simclr-evaluate --save
-    images: list[str]  # Image files, or folders with images at any depth
+    images: list[str]  # Image files, folders with images at any depth, or tables of paths
     out: str = "predictions.csv"  # Table to write
     every_class: bool = False  # A column with the probability of each class
     bs: int = 64  # Images in a batch
@@ -79,6 +79,9 @@ def run_prediction(
 ) -> PredictionRun:
     "Classify files; raises the errors of `load_classifier`, `predict` and `write_predictions`."
     classifier = load_classifier(config.classifier)
+    given = [Path(image).expanduser().resolve() for image in config.images]
+    if Path(config.out).resolve() in given:
+        raise ValueError(f"{quoted(config.out)} is among the images: write to another file (--out)")
     images = config.images[0] if len(config.images) == 1 else config.images
     answers = predict(classifier, images, config.bs, config.threads)
     every = classifier.classes if config.every_class else ()

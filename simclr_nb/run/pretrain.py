@@ -39,14 +39,16 @@ from ..train.minutes import TimeBudget
 from ..train.log import LogCallback, RunLog
 from ..views.policy import create_policy
 from ..model.head import load_head
-from ..train.checkpoint import CheckpointCallback, latest_checkpoint
+from ..train.checkpoint import CheckpointCallback, find_checkpoints, latest_checkpoint
 from ..train.start import start_from
 from fastai.torch_core import set_seed
 
 # %% ../../nbs/run/02_pretrain.ipynb #b5639cde
 def _check_folder(config: RunConfig) -> None:
     "Raise `ValueError` for a folder that is not empty, unless the run resumes there."
-    if config.resume and config.out is None: raise ValueError("resume needs a folder: out (--out)")
+    if config.resume and config.out is None:
+        raise ValueError("resume needs a folder: give that of the run with out (--out), such as "
+                         "runs/digits-1")
     if config.out is None: return
     folder = Path(config.out)
     if config.resume and (folder / "config.json").is_file(): return
@@ -214,7 +216,8 @@ def _finish(learn: SimCLRLearner, views: Tensor, settings: dict, folder: Path,
     clean = clean_representations(learn, untrained)
     figures = run_figures(learn, untrained, views, clean)
     findings = findings + encoder_findings(dls, clean)
-    sections = _sections(learn, settings, folder, findings, bool(results))
+    is_labelled = bool(results or dls.label_sets)
+    sections = _sections(learn, settings, folder, findings, is_labelled)
     _write_report(folder, figures, results, settings, sections)
     if not settings["config"]["keep_state"]: rmtree(folder / "state")
     return Run(folder, results)
@@ -278,7 +281,8 @@ def _announce(config: RunConfig, info: dict, folder: Path) -> None:
     images = f"{info['n_train']} images of {quoted(info['data'])}"
     by = f" in {world_size()} processes" if world_size() > 1 else ""
     encoder = config.arch if config.width is None else f"{config.arch} x {config.width:g}"
-    print(f"pretraining {encoder} on {images}{by}, writing to {quoted(folder)}")
+    verb = "resuming" if find_checkpoints(folder / "state") else "pretraining"
+    print(f"{verb} {encoder} on {images}{by}, writing to {quoted(folder)}")
     if info["skipped"]:
         where = quoted(folder / "config.json")
         print(f"skipped {len(info['skipped'])} damaged files, listed in {where}")

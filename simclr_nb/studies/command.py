@@ -72,11 +72,12 @@ def _state(run: StudyRun) -> str:
 
 
 def _list(runs: Sequence[StudyRun]) -> str:
-    "All studies, and how many cells they share."
+    "All studies, and how many cells they share; the scale in the first line."
     each = [{task.spec.hash16 for task in run.tasks} for run in runs]
     distinct = len(set().union(*each))
+    first = f"{'study':15} runs at the scale {runs[0].scale.name}, and results"
     last = f"{sum(map(len, each))} cells, {distinct} of them distinct"
-    return "\n".join([*map(_state, runs), last])
+    return "\n".join([first, *map(_state, runs), last])
 
 # %% ../../nbs/studies/50_command.ipynb #bac238ad
 def _dry_run(studies: Sequence[Study], scale: Scale, config: StudyConfig) -> str:

@@ -331,7 +331,9 @@ def _stop(self: CheckpointCallback, *signal_and_frame): self.is_stopped = True
 @patch
 def _end(self: CheckpointCallback) -> None:
     "End the process after a request to stop."
-    if is_main(): print(f"asked to stop (SIGTERM): the state is in {self.folder}", flush=True)
+    if is_main():
+        print(f"asked to stop (SIGTERM): the state is in {self.folder}; resume continues from it",
+              flush=True)
     raise SystemExit(128 + signal.SIGTERM)
 
 # %% ../../nbs/train/04_checkpoint.ipynb #616a68c4

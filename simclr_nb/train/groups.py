@@ -52,10 +52,10 @@ def keep_groups_apart(
     "Return NT-Xent with groups, and callbacks that set them; raises `ValueError` if impossible."
     groups = getattr(dls, "groups", None)
     if groups is None: raise ValueError(
-        "groups=True needs a table with a column of groups, and these images have none: name one "
-        + " or ".join(COLUMNS["group"]))
+        "groups (--groups) needs a table with a column of groups, and these images have none: "
+        "name one " + " or ".join(COLUMNS["group"]))
     if type(loss) is not NTXent: raise ValueError(
-        f"groups=True is for the loss 'nt_xent', got {loss}: leave one of them out")
+        f"groups (--groups) is for the loss 'nt_xent', got {loss}: leave one of them out")
     if getattr(dls.train, "skip_bad", False): raise ValueError(
         "skip_bad puts other images into a batch, whose groups are unknown: leave one out")
     n = len(groups[0][groups[0] >= 0].unique())

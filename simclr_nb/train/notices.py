@@ -27,12 +27,11 @@ def is_guessing(
 def is_rising(
     train: list[float],  # Training loss of each epoch
     valid: list[float],  # Validation loss of each epoch
-    epochs: int = 3,  # Number of epochs in a row
+    epochs: int = 10,  # Epochs without a new minimum of the validation loss
 ) -> bool:
-    "Whether the validation loss rose in each of the last epochs while the training loss fell."
-    if len(valid) <= epochs: return False
-    steps = range(len(valid) - epochs, len(valid))
-    return all(valid[i] > valid[i - 1] and train[i] < train[i - 1] for i in steps)
+    "Whether the validation loss has stopped falling while the training loss went on."
+    best = valid.index(min(valid))
+    return len(valid) - 1 - best >= epochs and train[-1] < train[best]
 
 # %% ../../nbs/train/05b_notices.ipynb #64696152
 class NoticeCallback(Callback):
@@ -68,8 +67,9 @@ def after_epoch(self: NoticeCallback):
                  f"{math.log(2 * n - 1):.3f}: all projections are alike, or nothing moves; try "
                  "another learning rate or policy")
     if is_rising(train, valid):
-        self.say("the validation loss has risen for 3 epochs while the training loss fell: the "
-                 "encoder learns these images by heart; more images or stronger views may help")
+        self.say("the validation loss has had no new minimum for 10 epochs while the training loss "
+                 "fell: the encoder may learn these images by heart; more images or stronger views "
+                 "may help")
 
 # %% ../../nbs/train/05b_notices.ipynb #88a1455d
 def chance_values(

@@ -262,8 +262,9 @@ class GivenCrop(RandomResizedCrop):
         image: Tensor,  # `(C, H, W)`, uint8, of any size
         n: int = 2,  # Number of views
     ) -> Tensor:  # `(n, C, S, S)`, uint8
-        "Make independent views of one image."
-        views = self(image[None].expand(n, -1, -1, -1))
+        "Make independent views of one image, even if a batch would share its draws."
+        if self.given.takes == "batch": views = torch.cat([self(image[None]) for _ in range(n)])
+        else: views = self(image[None].expand(n, -1, -1, -1))
         return views.mul(255).round_().clamp_(0, 255).byte()
 
 # %% ../../nbs/views/04a_given.ipynb #451bbbe3
@@ -294,8 +295,12 @@ def _own_size(given: GivenTransform, image: Tensor) -> int | None:
     larger = max(image.shape[1:]) + 8
     box = torch.tensor([[0, 0, *image.shape[1:]]])
     other = crop_resize(image[None].float(), box, larger).round_().clamp_(0, 255).byte()
-    try: again = given(other, generator).shape[2:]
-    except ValueError: again = (larger, larger)  # works only for one size
+    try: sizes = [tuple(given(other, generator).shape[2:]) for _ in range(6)]
+    except ValueError: sizes = [(larger, larger)]  # works only for one size
+    if len(set(sizes)) > 1: raise ValueError(
+        f"the policy {given.name} gave {min(sizes)} pixels in one draw and {max(sizes)} in another "
+        f"for an image of {larger} x {larger}: let it crop always (p=1)")
+    again = sizes[0]
     keeps = (height, width) == image.shape[1:] and again == (larger, larger)
     if keeps: return None
     if height == width == again[0] == again[1]: return height
@@ -337,6 +342,7 @@ def policy_line(
     if is_crop and in_workers: how = "image by image in the workers"
     if len(policy.operators) > 1: how += f", after a random crop to {policy.size} px"
     parts = given.transform.modules() if isinstance(given.transform, nn.Module) else []
-    if any(getattr(part, "same_on_batch", False) for part in parts):
+    alone = is_crop and in_workers  # a batch of one image
+    if not alone and any(getattr(part, "same_on_batch", False) for part in parts):
         how += "; one draw for all images of a batch (same_on_batch)"
     return f"policy: {given.name}, {how}"
