@@ -87,7 +87,6 @@ def test_the_site_gives_a_room_its_hidden_imports(path):
     assert not missing & importable
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_visible_cells_run_in_a_fresh_kernel(path, tmp_path, request):
     "As in Jupyter, in an empty folder; without the cells marked slow, which `make slow` runs in place."
