@@ -134,7 +134,7 @@ class SimCLRDataLoaders(DataLoaders):
     ):
         super().__init__(*loaders, **kwargs)
         self.policy, self.info, self.groups = policy, info or {}, groups
-        is_several = any(";" in name for name in classes)
+        is_several = several_labels(classes) is not None
         self.classes = [] if is_several else list(classes)
         self.label_sets = list(classes) if is_several else []  # if an image may have several labels
 

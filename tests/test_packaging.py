@@ -87,7 +87,7 @@ def test_installed_metadata_is_settings():
     requires = [Requirement(r) for r in dist.requires]
     assert facts(r for r in requires if "extra" not in str(r.marker)) == facts(REQUIREMENTS)
     optional = facts(r for r in requires if "extra" in str(r.marker))
-    assert facts(DEV) <= optional <= facts(r for group in EXTRAS.values() for r in group)
+    assert optional == facts(r for group in EXTRAS.values() for r in group)
     scripts = {f"{e.name}={e.value}" for e in dist.entry_points if e.group == "console_scripts"}
     assert scripts == set(cfg["console_scripts"].split())
 

@@ -38,7 +38,7 @@ class RunConfig:
     "Settings of a pretraining run."
 
     data: str = "digits"  # "digits", "cifar10", a folder, labelled or not, a table, a zip file
-    method: str = "simclr"  # simclr, instdisc, moco, moco_v2, pirl, cmc, cpc, amdim; (...): amdim's
+    method: str = "simclr"  # simclr, instdisc, moco, moco_v2, pirl, cmc, cpc or amdim (in brackets)
     preset: str | None = None  # digits, cifar, photos-cpu, gpu, eight-gpus: fills in open settings
     arch: str | None = None  # Encoder: resnet18, 34, ... 200 (amdim/NDF-RKHS-DEPTH: 32-256-2)
     width: float | None = None  # Multiplies the channels of a ResNet; 0.25
