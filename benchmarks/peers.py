@@ -98,9 +98,9 @@ def lightly_views(size: int) -> Callable:
     return transform
 
 
-def solo_views(size: int) -> Twice:
+def solo_views(size: int, other: dict | None = None) -> Twice:
     "The operators of solo-learn's recipe, in its order, by torchvision on Pillow images."
-    s = settings(size)
+    s = other or settings(size)
     c = 0.8 * s["strength"]
     blur = [RandomGaussian(s["blur"])] if s["blur"] > 0 else []
     return Twice(T.RandomResizedCrop(size, (0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC),
