@@ -38,10 +38,10 @@ RECIPES = dict(ours="ours, the settings of `simclr-pretrain`", half="ours, half 
                solo="solo-learn's recipe for CIFAR")
 DIFFERENCES = (
     "Alike: images, encoder, batch of 256, both cores; k-NN with 20 neighbours among the training "
-    "images. lightly: SGD, learning rate 0.06, constant, temperature 0.5, two passes of the network. "
+    "images. lightly: SGD, learning rate 0.06, constant, temperature 0.5, the network once a view. "
     "torch: Adam, learning rate 0.001, temperature 0.5, both views in one pass. solo-learn: LARS, "
     "learning rate 0.4, weight decay 0.0001, temperature 0.2, a head of 2,048 and 256, full colour "
-    "distortion, blur; its cosine ends with the minutes. Ours also validates and trains its probes.")
+    "distortion, blur; its cosine ends with the minutes. Ours also validates and runs its probes.")
 
 
 def images() -> tuple[ImageArrays, ImageArrays, list[str]]:
@@ -230,8 +230,8 @@ def table(card: dict) -> str:
         lines.append(f"| {title} | {minutes:g} | {epochs:g} | {end['median']:.1f} | "
                      f"{end['min']:.1f} | {end['max']:.1f} | {after} |")
     what = (f"10,000 images of CIFAR-10, {ARCH} x {WIDTH} with the cifar stem, batches of {BATCH}, "
-            f"seeds: {s['seeds']}, medians. \"As good\": the first epoch of ours, of either length, with "
-            f"the best accuracy of the other. Threads: {s['threads']}, workers of the others: "
+            f"seeds: {s['seeds']}, medians. \"As good\": the first epoch of ours, of either length, "
+            f"with the best accuracy of the other. Threads: {s['threads']}, workers of the others: "
             f"{s['workers']}.")
     return "\n".join([*lines, "", *closing(card, what)]) + "\n"
 
