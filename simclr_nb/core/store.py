@@ -62,15 +62,19 @@ def copy_atomic(
     return Path(path)
 
 # %% ../../nbs/core/04_store.ipynb #b0016433
-UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # names of temporary files
+# Names of our temporary files, and of those that safetensors makes
+UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.tmp[0-9A-Za-z]{6}")
 
 # %% ../../nbs/core/04_store.ipynb #d00a9acd
 def remove_unfinished(
     folder: str | Path,  # Folder to clean; no other process may be writing to it
-    name: str = "*",  # Glob pattern of the final file names
+    name: str = "*",  # Glob pattern of the final file names; "*" includes those of safetensors
 ) -> None:
     "Remove temporary files that killed processes have left."
-    for path in Path(folder).glob(f".{name}.{'[0-9a-f]' * 32}.tmp"): path.unlink(missing_ok=True)
+    patterns = [f".{name}.{'[0-9a-f]' * 32}.tmp"]
+    if name == "*": patterns.append(f".tmp{'[0-9A-Za-z]' * 6}")
+    for pattern in patterns:
+        for path in Path(folder).glob(pattern): path.unlink(missing_ok=True)
 
 # %% ../../nbs/core/04_store.ipynb #9f3e80fd
 def cache_folder() -> Path:

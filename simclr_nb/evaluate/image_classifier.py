@@ -157,7 +157,7 @@ def classifier_figures(
         dict(zip(("without temperature", "as saved"), card["reliability"].values(), strict=True)))}
     if "confusion" in card:
         names = [row["class"] for row in card["per_class"]]
-        drawn["What each class is called."] = plot_confusion(card["confusion"], names)
+        drawn["Predictions by true class."] = plot_confusion(card["confusion"], names)
     return drawn
 
 # %% ../../nbs/evaluate/04d_image_classifier.ipynb #d8d22565

@@ -142,7 +142,7 @@ def plot_confusion(
     ax.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     if len(shown) <= 20: _write_counts(ax, matrix, share)
     names = [figure_text(classes[c], 20) for c in shown.tolist()]
-    ax.set(xlabel="called", ylabel="is", xticks=range(len(names)), yticks=range(len(names)))
+    ax.set(xlabel="predicted class", ylabel="true class", xticks=range(len(names)), yticks=range(len(names)))
     ax.set_xticklabels(names, rotation=90, fontsize=7)
     ax.set_yticklabels(names, fontsize=7)
     return fig

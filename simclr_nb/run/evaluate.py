@@ -346,7 +346,7 @@ def _evaluate(config: EvaluationConfig, encoder: nn.Module, folder: Path) -> Eva
             results[name].save(path)
         if not known or len(results) == len(tasks):
             write_atomic(folder / "report.html", _page(config, results).encode())
-        print(f"{quoted(name):20} {results[name]}", flush=True)
+        if len(tasks) > 1: print(f"{quoted(name):20} {results[name]}", flush=True)
     if config.save: copy_atomic(folder / _SAVED, config.save)
     return EvaluationRun(folder, results, config.save)
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import torch
 
+from ..core.processes import kept_memory
 from ..model.encoder import create_encoder, encoder_stats
 from ..model.inputs import memory_format_for
 from ..plan.plan import Plan, PlanConfig, run_plan
@@ -31,7 +32,7 @@ def seconds_per_view(
     dls = cell_loaders(spec, 16, labelled=False)
     learn = cell_learner(spec, dls)
     images = dls.train.one_batch()[0].as_subclass(torch.Tensor)
-    with one_thread(), torch.random.fork_rng():
+    with one_thread(), kept_memory(), torch.random.fork_rng():  # as in training
         for step in range(steps + 1):
             if step == 1: start = time.perf_counter()
             views = learn.views.two_views(images)
