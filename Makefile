@@ -7,7 +7,7 @@ RUN := OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 COMPILES := (06_compiled|02d_onnx|03_export|07_use_your_encoder)\.ipynb
 OTHERS := --skip-file-re '^([_.]|$(COMPILES))'
 APART := --file-re '^$(COMPILES)'
-BENCH := augment decode photos loss step end_to_end scaling knn evaluation plan footprint logistic embed
+BENCH := augment decode photos loss step end_to_end scaling processes knn evaluation plan footprint logistic embed
 SECONDS_OF_FUZZ ?= 1200
 SEED ?= 0
 .PHONY: test slow docs check bench fuzz gpu

@@ -1,23 +1,16 @@
-"""How time and memory grow: the loss with the batch, a step with the image, and with processes.
+"""How time and memory grow: the loss with the batch, a step with the image.
 
 The loss is that of `loss.py`: ours and, as far as its matrices fit in the memory allowed, that of
-lightly. A step is that of `step.py`: ours, eager, channels last, fp32; with processes that share
-one batch, its negatives and the statistics of BatchNorm, over gloo.
+lightly. A step is that of `step.py`: ours, eager, channels last, fp32.
 """
 import argparse
-import json
 from functools import partial
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import loss
-from common import (bounds, closing, finish, header, machine, network_rate, own_process, parser_of,
-                    rounds, spread, timed, write)
-from simclr_nb.parallel.loss import global_loss
-from simclr_nb.parallel.norm import to_global_batch_norm
-from simclr_nb.loss.tiled import NTXent
-from simclr_nb.core.processes import launch, world_size
+from common import (bounds, closing, finish, header, machine, network_rate, parser_of, rounds, timed,
+                    write)
 from step import create_model, create_step, flop
 
 ARCH = "resnet18"
@@ -66,41 +59,13 @@ def sizes(args: argparse.Namespace) -> dict:
     return found
 
 
-def own_steps(batch: int, width: float, repeats: int) -> list[float]:
-    "Seconds of some steps in one of the processes that share a batch, after two to warm up."
-    torch.manual_seed(0)
-    model = create_model(ARCH, width, SIZES[0])
-    n = batch // world_size()
-    model = model.to(memory_format=torch.channels_last)
-    if world_size() > 1:
-        model = DistributedDataParallel(to_global_batch_norm(model), broadcast_buffers=False)
-    x = torch.rand(2 * n, 3, SIZES[0], SIZES[0])
-    criterion = global_loss(NTXent())
-    step = create_step(model, x, VARIANT, criterion)
-    return [timed(step) for _ in range(2 + repeats)][2:]
-
-
-def processes(args: argparse.Namespace) -> dict:
-    "Images per second with one process or more, each launched anew in each round."
-    same = dict(batch=args.batch, width=args.width, repeats=args.inner)
-    ways = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2),
-            "2 processes, 1 thread each": (2, 2)}
-
-    def speed(count: int, threads: int) -> float:
-        steps = own_process(__file__, part=count, threads=threads, **same)
-        return round(args.batch / spread(steps)["median"], 2)
-    return rounds({name: partial(speed, *way) for name, way in ways.items()}, args.repeats)
-
-
 def measure(args: argparse.Namespace) -> dict:
     "The result card: what was measured, and all that is needed to judge and repeat it."
     card = header("seconds and MiB as sizes grow", args, "lightly")
     losses = {str(n): loss_at(n, args) for n in batches(args)}
     steps = sizes(args)
-    shared = processes(args)
     spreads = [s for at in losses.values() for s in at["losses"].values() if s["median"] > SHORT]
-    return finish(dict(card, losses=losses, sizes=steps, processes=shared),
-                  *spreads, *steps.values(), *shared.values())
+    return finish(dict(card, losses=losses, sizes=steps), *spreads, *steps.values())
 
 
 def loss_rows(card: dict) -> list[str]:
@@ -120,8 +85,8 @@ def table(card: dict) -> str:
     "Markdown for people, from a card."
     s = card["settings"]
     what = (f"Loss: D = {s['dim']}, float32. Steps: {ARCH}, width {s['width']:g}, {s['batch']} "
-            f"images, {VARIANT}; up to 64 px the CIFAR stem. {s['repeats']} runs of each, of "
-            f"{s['inner']} steps where processes are launched. Threads: {s['threads']}.")
+            f"images, {VARIANT}; up to 64 px the CIFAR stem. {s['repeats']} runs of each. "
+            f"Threads: {s['threads']}.")
     return "\n".join([
         "| images | ours, median ms | lowest | highest | peak MiB | of limit | lightly, median ms "
         "| peak MiB | times our time | times our memory |", "|" + "---:|" * 10, *loss_rows(card),
@@ -129,8 +94,6 @@ def table(card: dict) -> str:
         "|---|" + "---:|" * 5,
         *(f"| {k} px | {bounds(v, '.3f')} | {v['images_per_s']:,.1f} | {v['share_of_peak']:.0%} |"
           for k, v in card["sizes"].items()),
-        "", f"| images/s, step at {SIZES[0]} px | median | lowest | highest |",
-        "|---|---:|---:|---:|", *(f"| {k} | {bounds(v)} |" for k, v in card["processes"].items()),
         "", *closing(card, what)]) + "\n"
 
 
@@ -138,19 +101,15 @@ def options() -> argparse.ArgumentParser:
     parser = parser_of(
         __doc__, least=(256, "images of the smallest loss", 2), most=(32_768, "of the largest", 2),
         gib=(8, "GiB that lightly's loss may ask for", 0), dim=(128, "width of the projections"),
-        batch=(32, "images of a step", 2), inner=(5, "steps of a process, in each round"),
-        repeats=(5, "timed rounds"), threads=(machine()["cores"], "of torch"))
+        batch=(32, "images of a step", 2), repeats=(5, "timed rounds"),
+        threads=(machine()["cores"], "of torch"))
     parser.add_argument("--width", type=float, default=1.0, help="of the encoder (1)")
-    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     return parser
 
 
 def main():
     args = options().parse_args()
     torch.set_num_threads(args.threads)
-    if args.part:
-        found = launch(own_steps, args.batch, args.width, args.repeats, processes=args.part)
-        return print(json.dumps([max(times) for times in zip(*found)]))
     card = measure(args)
     write("scaling", card, table(card), args.output)
 
