@@ -62,8 +62,8 @@ def table(card: dict) -> str:
              "|---|---:|---:|---:|---:|"]
     lines += [f"| {name} | {bounds(found)} | {card['shares'][name]:.0%} |"
               for name, found in card["speeds"].items()]
-    what = (f"{ARCH}, width {s['width']:g}, {SIZE} px, {s['batch']} images, {VARIANT}; {s['repeats']} "
-            f"runs of each, of {s['inner']} steps.")
+    what = (f"{ARCH}, width {s['width']:g}, {SIZE} px, {s['batch']} images, {VARIANT}; "
+            f"{s['repeats']} runs of each, of {s['inner']} steps.")
     return "\n".join([*lines, "", *closing(card, what)]) + "\n"
 
 
