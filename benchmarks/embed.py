@@ -77,7 +77,7 @@ def measure(args: argparse.Namespace) -> dict:
     torch.set_num_threads(1)
     card = header("files to representations, images/s", args, "torchvision", "lightly", "pillow",
                   "pyarrow")
-    card["settings"]["data"] = Path(args.data).name
+    card["settings"]["data"] = "/".join(Path(args.data).parts[-2:])
     if hasattr(os, "sched_setaffinity"): os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.manual_seed(0)
     encoder = create_encoder(args.arch, stem=args.stem, zero_init_last=False).eval()

@@ -162,6 +162,7 @@ SPEC_SETTINGS = {  # kind of training to the settings that determine its weights
 }
 
 # %% ../../nbs/studies/05_cells.ipynb #01aaed24
+_NO_RESNET = ("amdim/", "cpc/")  # encoders without a width and a stem
 _SIMCLR = dict(loss="nt_xent", similarity="cosine", head="mlp", hidden_layers=1, out_dim=128,
                optimizer="lars", weight_decay=1e-6)  # the learner's defaults
 
@@ -169,7 +170,7 @@ _SIMCLR = dict(loss="nt_xent", similarity="cosine", head="mlp", hidden_layers=1,
 def _left_to_learner(values: dict) -> dict:
     "Values that `simclr_learner` and `pretrain` would choose."
     filled = {k: v for k, v in _SIMCLR.items() if values.get(k) is None}
-    if values.get("stem") in (None, "auto") and "/" not in values["arch"]:
+    if values.get("stem") in (None, "auto") and not values["arch"].startswith(_NO_RESNET):
         filled["stem"] = encoder_stem(values["size"])
     if values.get("warmup_epochs") is None and "epochs" in values:
         filled["warmup_epochs"] = min(10, values["epochs"] / 10)
@@ -197,7 +198,9 @@ def _labelled(values: dict, data: str) -> dict:
     "Settings of a supervised or an untrained cell, completed."
     head = {k: v for k, v in _left_to_learner(values).items()
             if k in SPEC_SETTINGS[values["training"]]}
-    return values | head
+    values = values | head
+    if not values["arch"].startswith(_NO_RESNET): return values
+    return {k: v for k, v in values.items() if k not in ("width", "stem")}
 
 # %% ../../nbs/studies/05_cells.ipynb #d26416a5
 def _of_method(base: dict, method: str) -> dict:

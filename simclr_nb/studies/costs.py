@@ -45,7 +45,7 @@ def seconds_per_view(
 def _macs(arch: str, size: int, width: float | None, stem: str | None) -> int:
     "Multiply-adds for an image."
     options = {k: v for k, v in dict(width=width, stem=stem).items() if v is not None}
-    if "/" in arch: options = dict(size=size)
+    if "/" in arch: options["size"] = size
     with torch.random.fork_rng(): encoder = create_encoder(arch, **options)
     return encoder_stats(encoder, size)["macs"]
 

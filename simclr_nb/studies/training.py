@@ -187,6 +187,7 @@ class OneViewCallback(Callback):
 def _encoder(settings: dict) -> nn.Module:
     "Encoder of a cell, with weights from torch's global state."
     names = {k: settings[k] for k in ("arch", "width", "stem", "zero_init_last") if k in settings}
+    if "/" in settings["arch"]: names["size"] = settings["size"]
     return create_encoder(**names)
 
 
