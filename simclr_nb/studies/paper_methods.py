@@ -11,7 +11,7 @@ import torch
 from ..model.encoder import create_encoder
 from ..run.config import METHODS
 from .axes import MINI_DIFFERS, baseline, supervised, untrained
-from .design import Cell, Claim, Contrast, Study, exact, greater
+from .design import Cell, Claim, Contrast, Study, exact, greater, interaction
 from .figures import bars, scatter
 from .published import paper_table
 
@@ -57,6 +57,25 @@ _LEARN_SLOWLY = Claim(
     tuple(Contrast({f"{title}, 40 epochs": 1.0, "untrained": -1.0}) for title in _LONGER),
     paper="their authors train 200 and 800 epochs")
 
+# %% ../../nbs/studies/15_paper_methods.ipynb #294fbce8
+_AT_MINI = dict(smoke=None, gpu=None, paper=None)
+_MOCO_CELLS = (
+    Cell("MoCo, momentum 0", dict(method="moco", momentum=0.0), scales=_AT_MINI),
+    Cell("MoCo, symmetric", dict(method="moco", symmetric=True), scales=_AT_MINI))
+_BATCH_CELLS = tuple(
+    Cell(f"{title}, batch {bs}", dict(bs=bs) | settings, scales=_AT_MINI)
+    for title, settings in (("SimCLR", {}), ("MoCo", dict(method="moco"))) for bs in (32, 256))
+_EXPECTED = (
+    greater("PIRL", "InstDisc", "PIRL is better than InstDisc: the same bank, one more term",
+            paper="Table 6: 63.6 for PIRL; InstDisc is not in it"),
+    greater("MoCo", "MoCo, momentum 0", "MoCo needs the slow key encoder",
+            paper="its authors: with momentum 0 the training fails"),
+    greater("MoCo, symmetric", "MoCo", "each view as query and as key is better than one way, "
+            "at equal steps", paper="known from MoCo's later versions"),
+    interaction("SimCLR, batch 256", "SimCLR, batch 32", "MoCo, batch 256", "MoCo, batch 32",
+                text="SimCLR gains more from a larger batch than MoCo, which has a queue",
+                paper="section 5.1: batches instead of a memory"))
+
 # %% ../../nbs/studies/15_paper_methods.ipynb #7f4973ec
 _METHOD_DIFFERS = (
     *MINI_DIFFERS, *_LEFT_OUT, "views: the baseline's for all but AMDIM (its own) and CMC (no "
@@ -72,8 +91,9 @@ _METHOD_PLOT = bars({title: {"logistic": f"{cell}/logistic", "20 neighbours": f"
 TABLE_C1 = Study(
     "table-c1", "Methods and their design", ("Table C.1",),
     "Do the methods of the table learn, under one evaluation?",
-    (*_METHOD_CELLS, *_OWN_CELLS, *_LONGER_CELLS), (_ALL_LEARN, _LEARN_ALONE, _LEARN_SLOWLY),
-    "Table C.1", _METHOD_PLOT, _METHOD_DIFFERS)
+    (*_METHOD_CELLS, *_OWN_CELLS, *_LONGER_CELLS, *_MOCO_CELLS, *_BATCH_CELLS),
+    (_ALL_LEARN, _LEARN_ALONE, _LEARN_SLOWLY, *_EXPECTED), "Table C.1", _METHOD_PLOT,
+    _METHOD_DIFFERS)
 
 # %% ../../nbs/studies/15_paper_methods.ipynb #47890361
 def _sizes() -> tuple[bool, str]:
