@@ -67,7 +67,7 @@ class Copies(Callback):
 
 def ours(train: ImageArrays, valid: ImageArrays, classes: list, minutes: float,
          seed: int) -> Copies:
-    "What `simclr-pretrain --minutes` does."
+    "Train as `simclr-pretrain --minutes` does."
     torch.manual_seed(seed)
     dls = simclr_dls(Source("cifar10", train, valid, classes), seed=seed, device="cpu",
                      progress=False)

@@ -142,7 +142,8 @@ def plot_confusion(
     ax.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     if len(shown) <= 20: _write_counts(ax, matrix, share)
     names = [figure_text(classes[c], 20) for c in shown.tolist()]
-    ax.set(xlabel="predicted class", ylabel="true class", xticks=range(len(names)), yticks=range(len(names)))
+    ticks = range(len(names))
+    ax.set(xlabel="predicted class", ylabel="true class", xticks=ticks, yticks=ticks)
     ax.set_xticklabels(names, rotation=90, fontsize=7)
     ax.set_yticklabels(names, fontsize=7)
     return fig

@@ -34,8 +34,8 @@ _METHOD_CELLS = (
                   for name, title in _KNOWN.items()), untrained())
 _OWN_NETWORKS = {"AMDIM": "amdim/32-256-2", "CMC": "cmc/resnet18", "CPC v2": "cpc/16-1"}
 _OWN_CELLS = tuple(
-    Cell(f"untrained {title}", dict(training="none", arch=arch), scales=dict(smoke=None, paper=None))
-    for title, arch in _OWN_NETWORKS.items())
+    Cell(f"untrained {title}", dict(training="none", arch=arch),
+         scales=dict(smoke=None, paper=None)) for title, arch in _OWN_NETWORKS.items())
 _TRAINED = ("baseline", *_KNOWN.values())
 _ALL_LEARN = Claim(
     "every method learns: it is better than the untrained encoder",
