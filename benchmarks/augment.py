@@ -101,9 +101,8 @@ def limit(size: int) -> dict:
     side = SIDES[size]
     copy = rate(lambda: a[0].copy_(a[1]), 2 * a[0].nbytes)
     n_bytes = 3 * side**2 + 2 * 4 * 3 * size**2
-    crops = crop_rate(size)
-    if not crops_one_by_one(torch.empty(1), size):
-        crops = product_rate() / (2 * 2 * 3 * size * side * (side + size))
+    if crops_one_by_one(torch.empty(1), size): crops = crop_rate(size)
+    else: crops = product_rate() / (2 * 2 * 3 * size * side * (side + size))
     return dict(copy_gb_per_s=round(copy / 1e9, 2), bytes_per_image=n_bytes,
                 crops_per_s=round(crops), images_per_s=round(min(copy / n_bytes, crops)))
 

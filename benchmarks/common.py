@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import simclr_nb
+from simclr_nb.core.store import write_atomic
 
 HERE = Path(__file__).resolve().parent
 MIB = 2**20
@@ -106,6 +107,12 @@ def own_process(script: str, env: dict | None = None, **options) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, env=kept | (env or {}))
     if done.returncode: raise SystemExit(f"{options}: {done.stderr.strip()[-300:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def made_once(file: Path, work: Callable[[], dict]) -> dict:
+    "Result of some work, from now or from an earlier call that kept it in this file."
+    if not file.is_file(): write_atomic(file, json.dumps(work(), indent=2).encode())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def count(least: int) -> Callable[[str], int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common import machine, product_rate
+from common import machine, made_once, product_rate
 from simclr_nb.core.store import write_atomic
 
 AGAIN = 75  # exit status of a piece after which the same command goes on (EX_TEMPFAIL)
@@ -41,10 +41,8 @@ class Piece:
 
 def kept(file: Path, work: Callable[[], dict], piece: Piece) -> dict:
     "Result of some work, from now or from an earlier piece."
-    if not file.is_file():
-        piece.begin()
-        write_atomic(file, json.dumps(work(), indent=2).encode())
-    return json.loads(file.read_text(encoding="utf-8"))
+    if not file.is_file(): piece.begin()
+    return made_once(file, work)
 
 
 def begun(args: Namespace, card: dict) -> dict:

@@ -25,7 +25,6 @@ VARIANT = "fp32 channels_last eager"
 WAYS = {"1 process, 1 thread": (1, 1, 0), "1 process, 2 threads": (1, 2, 0),
         "2 processes that exchange nothing": (2, 2, 0), "and with the gradients": (2, 2, 1),
         "and with BatchNorm's statistics": (2, 2, 2), "and with the negatives: all": (2, 2, 3)}
-NOTHING, ALL = "2 processes that exchange nothing", "and with the negatives: all"
 
 
 def own_steps(batch: int, width: float, repeats: int, exchanged: int) -> list[float]:
@@ -50,7 +49,7 @@ def measure(args: argparse.Namespace) -> dict:
                             batch=args.batch, width=args.width, inner=args.inner)
         return round(args.batch / spread(steps)["median"], 2)
     found = rounds({name: partial(speed, *way) for name, way in WAYS.items()}, args.repeats)
-    limit = found[NOTHING]["median"]
+    limit = found["2 processes that exchange nothing"]["median"]
     shares = {name: round(s["median"] / limit, 3) for name, s in found.items()}
     return finish(dict(card, speeds=found, shares=shares), *found.values())
 

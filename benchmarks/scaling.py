@@ -9,8 +9,8 @@ from functools import partial
 import torch
 
 import loss
-from common import (bounds, closing, finish, header, machine, network_rate, parser_of, rounds, timed,
-                    write)
+from common import (bounds, closing, finish, header, machine, network_rate, parser_of, rounds,
+                    timed, write)
 from step import create_model, create_step, flop
 
 ARCH = "resnet18"

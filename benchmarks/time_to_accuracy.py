@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from copy import deepcopy
+from functools import partial
 from math import cos, pi
 from pathlib import Path
 from statistics import median
@@ -20,11 +21,10 @@ from statistics import median
 import torch
 from fastai.callback.core import Callback
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from common import HERE, closing, finish, header, machine, own_process, parser_of, spread, write
-from peers import Transformed, lightly_views, peer, plain_loss, solo_views, torchvision_encoder
-from simclr_nb.core.store import write_atomic
+from common import (HERE, closing, finish, header, machine, made_once, own_process, parser_of,
+                    spread, write)
+from peers import one_by_one, peer, plain_loss, solo_views, torchvision_encoder
 from simclr_nb.data import simclr_dls
 from simclr_nb.images.arrays import ImageArrays
 from simclr_nb.images.source import Source
@@ -97,11 +97,6 @@ def loop(copies: Copies, batches: Iterable, step: Callable, opt, minutes: float,
         copies.take()
 
 
-def loader(arrays: ImageArrays, views: Callable, workers: int) -> DataLoader:
-    return DataLoader(Transformed(list(arrays.images), views), BATCH, shuffle=True, drop_last=True,
-                      num_workers=workers, persistent_workers=workers > 0)
-
-
 def lightly(train: ImageArrays, minutes: float, workers: int) -> Copies:
     "The loop of lightly's example for SimCLR."
     encoder, dim = torchvision_encoder(ARCH, WIDTH)
@@ -111,7 +106,7 @@ def lightly(train: ImageArrays, minutes: float, workers: int) -> Copies:
     views = peer("lightly.transforms").SimCLRTransform(input_size=SIZE, gaussian_blur=0.0)
     views.takes_pillow = True
     opt = torch.optim.SGD(model.parameters(), lr=0.06)
-    return loop(Copies(encoder), loader(train, views, workers),
+    return loop(Copies(encoder), one_by_one(views, list(train.images), BATCH, workers),
                 lambda a, b: loss(model(a), model(b)), opt, minutes)
 
 
@@ -120,7 +115,7 @@ def plain(train: ImageArrays, minutes: float, workers: int) -> Copies:
     encoder, dim = torchvision_encoder(ARCH, WIDTH)
     model = nn.Sequential(encoder, nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 128))
     opt = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-6)
-    return loop(Copies(encoder), loader(train, solo_views(SIZE), workers),
+    return loop(Copies(encoder), one_by_one(solo_views(SIZE), list(train.images), BATCH, workers),
                 lambda a, b: plain_loss(model(torch.cat([a, b]))), opt, minutes)
 
 
@@ -144,7 +139,7 @@ def solo(train: ImageArrays, minutes: float, workers: int) -> Copies:
     model = nn.Sequential(encoder, nn.Linear(dim, 2048), nn.ReLU(), nn.Linear(2048, 256))
     views = solo_views(SIZE, dict(strength=1.0, blur=0.5))
     opt = ClippedLARS(model.parameters(), lr=0.4, momentum=0.9)
-    return loop(Copies(encoder), loader(train, views, workers),
+    return loop(Copies(encoder), one_by_one(views, list(train.images), BATCH, workers),
                 lambda a, b: plain_loss(model(torch.cat([a, b])), 0.2), opt, minutes,
                 lambda share: min(share / 0.1, 0.5 + 0.5 * cos(pi * max(share - 0.1, 0) / 0.9)))
 
@@ -180,14 +175,6 @@ def part(args: argparse.Namespace) -> dict:
     return dict(epochs=len(copies.taken), curve=curve)
 
 
-def kept(file: Path, **options) -> dict:
-    "A part's curve, from now or from an earlier call."
-    if not file.is_file():
-        found = own_process(__file__, **options)
-        write_atomic(file, json.dumps(found).encode())
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def minutes_to(runs: Iterable[dict], least: float) -> float | None:
     "Fewest minutes after which the curve of one of these runs is at least so high."
     return min((minutes for run in runs for minutes, value in run["curve"] if value >= least),
@@ -203,8 +190,9 @@ def measure(args: argparse.Namespace) -> dict:
     for seed in range(args.seeds):
         for name in RECIPES:
             file = args.out / f"{name}-{seed}-{args.minutes:g}.json"
-            curves[name].append(kept(file, part=name, seed=seed, minutes=args.minutes,
-                                     workers=args.workers, threads=args.threads))
+            work = partial(own_process, __file__, part=name, seed=seed, minutes=args.minutes,
+                           workers=args.workers, threads=args.threads)
+            curves[name].append(made_once(file, work))
             print(f"{name}, seed {seed}: {curves[name][-1]['curve'][-1][1]}%", flush=True)
     ends = {name: spread([run["curve"][-1][1] for run in found]) for name, found in curves.items()}
     both = list(zip(*(curves[name] for name in ("ours", "half"))))
@@ -230,8 +218,8 @@ def table(card: dict) -> str:
         lines.append(f"| {title} | {minutes:g} | {epochs:g} | {end['median']:.1f} | "
                      f"{end['min']:.1f} | {end['max']:.1f} | {after} |")
     what = (f"10,000 images of CIFAR-10, {ARCH} x {WIDTH} with the cifar stem, batches of {BATCH}, "
-            f"seeds: {s['seeds']}, medians. \"As good\": the first epoch of ours, of either length, "
-            f"with the best accuracy of the other. Threads: {s['threads']}, workers of the others: "
+            f"seeds: {s['seeds']}, medians. \"As good\": the first epoch of ours, of either length,"
+            f" with the best accuracy of the other. Threads: {s['threads']}, workers of the others: "
             f"{s['workers']}.")
     return "\n".join([*lines, "", *closing(card, what)]) + "\n"
 

@@ -2022,6 +2022,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'simclr_nb/model/encoder.py'),
                                          'simclr_nb.model.encoder.encoder_stats': ( 'model/encoder.html#encoder_stats',
                                                                                     'simclr_nb/model/encoder.py'),
+                                         'simclr_nb.model.encoder.is_our_resnet': ( 'model/encoder.html#is_our_resnet',
+                                                                                    'simclr_nb/model/encoder.py'),
                                          'simclr_nb.model.encoder.load_beside': ( 'model/encoder.html#load_beside',
                                                                                   'simclr_nb/model/encoder.py'),
                                          'simclr_nb.model.encoder.load_encoder': ( 'model/encoder.html#load_encoder',

@@ -97,6 +97,14 @@ def test_data_and_version_change_the_hash():
     assert set(spec.values) == {"version", "training", "seed", "precision", "data", "settings"}
 
 
+
+def test_a_width_and_a_stem_belong_to_our_resnets():
+    mini = SCALES["mini"]
+    for arch, ours in {"resnet18": 1, "cmc/resnet18": 1, "amdim/32-256-2": 0, "torchvision/resnet18": 0}.items():
+        settings = mini.spec(dict(training="none", arch=arch)).settings
+        assert ("stem" in settings, "width" in settings) == (ours, ours)
+
+
 def test_a_study_of_the_paper(tmp_path):
     config = StudyConfig("figure-8", "smoke", str(tmp_path), cards=str(tmp_path / "kept"))
     answer = run_command(config)

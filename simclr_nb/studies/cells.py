@@ -26,6 +26,7 @@ from ..images.find import find_source
 from ..images.labels import label_fraction
 from ..images.source import Source, is_built_in
 from ..measure.transformation import TRANSFORMATIONS
+from ..model.encoder import is_our_resnet
 from ..model.resnet import encoder_stem
 from ..run.config import METHODS, RunConfig, complete_config
 from .composition import composition_policy
@@ -162,7 +163,6 @@ SPEC_SETTINGS = {  # kind of training to the settings that determine its weights
 }
 
 # %% ../../nbs/studies/05_cells.ipynb #01aaed24
-_NO_RESNET = ("amdim/", "cpc/")  # encoders without a width and a stem
 _SIMCLR = dict(loss="nt_xent", similarity="cosine", head="mlp", hidden_layers=1, out_dim=128,
                optimizer="lars", weight_decay=1e-6)  # the learner's defaults
 
@@ -170,7 +170,7 @@ _SIMCLR = dict(loss="nt_xent", similarity="cosine", head="mlp", hidden_layers=1,
 def _left_to_learner(values: dict) -> dict:
     "Values that `simclr_learner` and `pretrain` would choose."
     filled = {k: v for k, v in _SIMCLR.items() if values.get(k) is None}
-    if values.get("stem") in (None, "auto") and not values["arch"].startswith(_NO_RESNET):
+    if values.get("stem") in (None, "auto") and "/" not in values["arch"]:
         filled["stem"] = encoder_stem(values["size"])
     if values.get("warmup_epochs") is None and "epochs" in values:
         filled["warmup_epochs"] = min(10, values["epochs"] / 10)
@@ -199,8 +199,10 @@ def _labelled(values: dict, data: str) -> dict:
     head = {k: v for k, v in _left_to_learner(values).items()
             if k in SPEC_SETTINGS[values["training"]]}
     values = values | head
-    if not values["arch"].startswith(_NO_RESNET): return values
-    return {k: v for k, v in values.items() if k not in ("width", "stem")}
+    if not is_our_resnet(values["arch"]):
+        return {k: v for k, v in values.items() if k not in ("width", "stem")}
+    if values.get("stem") in (None, "auto"): values["stem"] = encoder_stem(values["size"])
+    return values
 
 # %% ../../nbs/studies/05_cells.ipynb #d26416a5
 def _of_method(base: dict, method: str) -> dict:

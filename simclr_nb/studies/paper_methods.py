@@ -48,17 +48,17 @@ _LEARN_ALONE = Claim(
     tuple(Contrast({title: 1.0, f"untrained {title}": -1.0}, f"{title} - untrained {title}")
           for title in _OWN_NETWORKS),
     paper="no table has untrained networks; these three methods do not train a plain ResNet")
+_AT_MINI = dict(smoke=None, gpu=None, paper=None)
 _LONGER = ("InstDisc", "PIRL")
 _LONGER_CELLS = tuple(
     Cell(f"{title}, 40 epochs", dict(method=title.lower(), epochs=40),
-         scales=dict(smoke=None, gpu=None, paper=None)) for title in _LONGER)
+         scales=_AT_MINI) for title in _LONGER)
 _LEARN_SLOWLY = Claim(
     "with four times the epochs, InstDisc and PIRL are better than the untrained encoder",
     tuple(Contrast({f"{title}, 40 epochs": 1.0, "untrained": -1.0}) for title in _LONGER),
     paper="their authors train 200 and 800 epochs")
 
 # %% ../../nbs/studies/15_paper_methods.ipynb #294fbce8
-_AT_MINI = dict(smoke=None, gpu=None, paper=None)
 _MOCO_CELLS = (
     Cell("MoCo, momentum 0", dict(method="moco", momentum=0.0), scales=_AT_MINI),
     Cell("MoCo, symmetric", dict(method="moco", symmetric=True), scales=_AT_MINI))
