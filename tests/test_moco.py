@@ -2,6 +2,8 @@
 
 `golden/comparators.json` holds values of the official class, in float64.
 """
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -234,3 +236,17 @@ def test_the_optimiser_does_not_see_the_key_encoder():
     pairs = zip(before, learn.model.key_encoder.parameters(), strict=True)
     assert any((a != b).any() for a, b in pairs)  # by following alone
     assert any(isinstance(m, SplitBatchNorm) for m in learn.model.key_encoder.modules())
+
+
+def uneven_groups(rank: int, world: int) -> str:
+    "Message of a forward pass whose groups do not divide among the processes."
+    layer = nn.BatchNorm2d(2)
+    with mock.patch("simclr_nb.parallel.norm.world_size", lambda: 1): to_split_batch_norm(layer, 3)
+    with pytest.raises(ValueError) as error: layer(torch.randn(4, 2, 3, 3))
+    return str(error.value)
+
+
+def test_uneven_groups_fail_with_their_number(tmp_path):
+    "A learner may be made before the processes meet."
+    for message in run(uneven_groups, 2, tmp_path):
+        assert message == "3 BatchNorm groups over 2 processes: set splits to a multiple of 2"

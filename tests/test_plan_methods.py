@@ -22,19 +22,24 @@ from simclr_nb.methods.moco import moco_learner
 from simclr_nb.methods.pirl import pirl_learner
 from simclr_nb.methods.remembering import MemoryCallback
 from simclr_nb.methods.steps import STEPS, plan_method
+from simclr_nb.loss.tiled import NTXent
 from simclr_nb.model.head import SimCLR
-from simclr_nb.plan.cost import count_encoder
-from simclr_nb.plan.plan import PlanConfig
+from simclr_nb.parallel.loss import global_loss
+from simclr_nb.parallel.norm import to_global_batch_norm, to_split_batch_norm
+from simclr_nb.plan.cost import LINK_USE, Link, communication, count_encoder
+from simclr_nb.plan.devices import DEVICES, MATRIX_USE
+from simclr_nb.plan.plan import PlanConfig, run_plan
 from simclr_nb.plan.step import count_method, step_memory
 from simclr_nb.run.config import METHODS
 
 N_TRAIN = 96
 N = 16
+NEGATIVES = 64 * N  # as many as keys on 64 devices
 ARCHS = dict(cpc="cpc/8-1", amdim="amdim/16-64-1", cmc="cmc/resnet18")
 LEARNERS = dict(
     instdisc=lambda dls: instdisc_learner(dls, width=0.25),
-    moco=lambda dls: moco_learner(dls, width=0.25, version="v1", negatives=64),
-    moco_v2=lambda dls: moco_learner(dls, width=0.25, version="v2", negatives=64),
+    moco=lambda dls: moco_learner(dls, width=0.25, version="v1", negatives=NEGATIVES),
+    moco_v2=lambda dls: moco_learner(dls, width=0.25, version="v2", negatives=NEGATIVES),
     pirl=lambda dls: pirl_learner(dls, width=0.25, negatives=None, kind="softmax"),
     cmc=lambda dls: cmc_learner(dls, ARCHS["cmc"], width=0.25),
     cpc=lambda dls: cpc_learner(dls, ARCHS["cpc"]),
@@ -50,9 +55,9 @@ def loaders():
 
 def config_of(method: str, **options) -> PlanConfig:
     width = 1.0 if method in ("cpc", "amdim") else 0.25
-    negatives = 64 if method.startswith("moco") else None
-    return PlanConfig(f"{N_TRAIN}x32", ARCHS.get(method, "resnet18"), width,
-                      **dict(method=method, negatives=negatives, batch=N) | options)
+    negatives = NEGATIVES if method.startswith("moco") else None
+    known = dict(data=f"{N_TRAIN}x32", arch=ARCHS.get(method, "resnet18"), width=width)
+    return PlanConfig(**known | dict(method=method, negatives=negatives, batch=N) | options)
 
 
 def count_of(method: str):
@@ -137,18 +142,19 @@ class Exchanged(TorchDispatchMode):
             largest = max(t.numel() * t.element_size() for t in tensors)
             if "allgather" in name: self.bytes["gather"] += self.world * largest
             elif "allreduce" in name: self.bytes["reduce"] += largest
-            else: raise AssertionError(f"not expected: {name}")
+            elif "broadcast" not in name: raise AssertionError(f"not expected: {name}")
         return func(*args, **(kwargs or {}))
 
 
-def exchanged(method: str) -> dict:
-    "Of a step, with a stand-in for another device that sends nothing: only sizes count."
+def exchanged(method: str, world: int = 2) -> dict:
+    "Of a step, with stand-ins for the other devices that send nothing: only sizes count."
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
     learn, views = learner(method)
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
-        with Exchanged(2) as mode:
+        if method.startswith("moco"): to_split_batch_norm(learn.model, max(world, 8))
+        with Exchanged(world) as mode:
             out = learn.model(views)
             learn.loss_func(out).backward()
             if hasattr(learn.model, "remember"): learn.model.remember(out)
@@ -156,8 +162,38 @@ def exchanged(method: str) -> dict:
     return mode.bytes
 
 
-PROGRAM = "import json, sys; sys.path.insert(0, sys.argv[1]); import test_plan_methods as t; " \
-          "print(json.dumps({m: t.exchanged(m) for m in t.STEPS}))"
+def exchanged_by_simclr(world: int) -> dict:
+    "Of a whole step, gradients included, with stand-ins for the other devices."
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    learn = simclr_learner(loaders(), width=0.25)
+    views = learn.views.two_views(learn.dls.train.dataset.images[:N])
+    gradients = []
+
+    def count_bucket(_, bucket):
+        gradients.append(bucket.buffer().numel() * bucket.buffer().element_size())
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        model = to_global_batch_norm(learn.model.train())
+        model = DistributedDataParallel(model, broadcast_buffers=False)
+        model.register_comm_hook(None, count_bucket)
+        with Exchanged(world) as mode: global_loss(NTXent())(model(views)).backward()
+    finally: dist.destroy_process_group()
+    return dict(mode.bytes, gradients=sum(gradients))
+
+
+PROGRAM = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import test_plan_methods as t
+of_methods = {m: {w: t.exchanged(m, w) for w in t.WORLDS} for m in t.STEPS}
+print(json.dumps(dict(of_methods, simclr={w: t.exchanged_by_simclr(w) for w in t.WORLDS})))
+"""
+WORLDS = 2, 8, 64
 
 
 @pytest.fixture(scope="module")
@@ -170,16 +206,41 @@ def traffic() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("method", STEPS)
-def test_bytes_between_devices_are_those_of_a_step(method, traffic):
+def test_bytes_between_devices_are_those_of_a_step(method, world, traffic):
     "Counted at the collectives of a step; shapes that are compared before are a few bytes more."
-    count, found = count_of(method), traffic[method]
-    gathers = 4 * 2 * N * sum(numbers for numbers, _ in count.step.gathers)
-    back = 4 * 2 * N * sum(numbers for numbers, passes in count.step.gathers if passes == 2)
+    count, found = count_of(method), traffic[method][str(world)]
+    gathers = 4 * world * N * sum(numbers for numbers, _ in count.step.gathers)
+    back = 4 * world * N * sum(numbers for numbers, passes in count.step.gathers if passes == 2)
     splits = sum(8 * call.channels for call in count.calls if not call.gathers)
     print(f"{method}: counted {gathers / found['gather']:.4f} of what is gathered")
     assert gathers == pytest.approx(found["gather"], rel=0.02)
     assert back + splits == pytest.approx(found["reduce"], rel=0.02)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_bytes_between_devices_are_those_of_simclr(world, traffic):
+    "A ring sends (W - 1) / W of a tensor in a pass: one to gather or scatter, two for a sum."
+    count, found = count_encoder("resnet18", 0.25, 32), traffic["simclr"][str(world)]
+    link = Link(1 / LINK_USE, 0.0)  # a byte per second
+    plan = communication(count, N, 1, world, link, link)
+    ring = (world - 1) / world
+    scattered = 4 * 2 * N * world * count.dims[1]
+    statistics = found["reduce"] - scattered
+    sent = ring * (found["gather"] + scattered + 2 * statistics)
+    assert plan["embeddings"] + plan["statistics"] == pytest.approx(sent, rel=0.001)
+    assert plan["gradients"] == pytest.approx(2 * ring * found["gradients"])
+
+
+def test_many_devices_compute_as_one():
+    "On W devices, each computes the step of one with a W-th of the batch; only the loss grows."
+    one = run_plan(config_of("simclr", gpus="a100", batch=64, data="50000x32"))
+    many = run_plan(config_of("simclr", gpus="8x8xa100", batch=64 * 64, data="50000x32"))
+    assert one.seconds["network"] == 0 < many.seconds["network"]
+    more = (8 * 64 - 4) * (2 * 64) ** 2 * 128  # two extra passes, and 64 times the negatives
+    found = many.seconds["compute"] - one.seconds["compute"]
+    assert found == pytest.approx(more / (MATRIX_USE * DEVICES["a100"].peak["bf16"]), rel=0.01)
 
 
 @pytest.mark.parametrize("method", STEPS)

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.choices import check_choice
-from ..core.gather import all_tensors, gather_rows
+from ..core.gather import all_tensors, gather_rows, tensor_from_main
 from ..core.processes import join_processes, rank, world_size
 from ..data import image_channels
 from ..learner import contrastive_learner
@@ -87,7 +87,7 @@ def keys(
     "Keys of images, encoded in random order in training; all processes must call it together."
     if not (self.training and self.shuffle): return unit_vectors(self.key_encoder(x).z)
     images = gather_rows(x)
-    order = all_tensors(torch.randperm(len(images), device=x.device))[0]
+    order = tensor_from_main(torch.randperm(len(images), device=x.device))
     mine = order[rank()::world_size()]
     encoded = unit_vectors(self.key_encoder(images[mine]).z)
     keys = encoded.new_empty(len(images), encoded.shape[1])

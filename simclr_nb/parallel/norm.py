@@ -142,8 +142,16 @@ class SplitBatchNorm(_BatchNorm):
 
     splits = 1  # Groups of the batch of all processes, S; set by `to_split_batch_norm`
 
+    def _groups(self) -> int:
+        "Groups of a rank; raises `ValueError` unless all ranks have equally many."
+        world = world_size()
+        if self.splits % world: raise ValueError(
+            f"{self.splits} BatchNorm groups over {world} processes: set splits to a multiple of"
+            f" {world}")
+        return self.splits // world
+
     def _check_input_dim(self, x: Tensor) -> None:
-        groups = self.splits // world_size() if self.training else 1
+        groups = self._groups() if self.training else 1
         if x.ndim < 2 or not len(x) or len(x) % groups:
             raise ValueError(f"expected (N, C, ...), N a multiple of {groups}, got "
                              f"{tuple(x.shape)}")
@@ -164,7 +172,7 @@ def forward(
     "Normalise in groups; raises `ValueError` unless the groups divide the batch."
     if not self.training: return super(SplitBatchNorm, self).forward(x)
     self._check_input_dim(x)
-    s = self.splits // world_size()
+    s = self._groups()
     averages = [b if b is None else b.repeat(s) for b in (self.running_mean, self.running_var)]
     affine = [p if p is None else p.repeat(s) for p in (self.weight, self.bias)]
     groups = x.reshape(len(x) // s, s * x.shape[1], *x.shape[2:])
