@@ -149,9 +149,9 @@ def test_what_is_missing_is_said(tmp_path):
     waiting = read_study(study(), "mini", tmp_path / "studies")
     text = "".join(parsed(study_html(waiting)).text)
     assert text.count("to come") == 6 and "some runs are missing" in text
-    assert "9 runs not recorded" in text
+    assert "not run yet (9 runs)" in text
     (row,) = overview_rows([waiting])
-    assert row[2] == "confirmed in part (1 of 3), runs missing"  # the exact claim
+    assert row[2] == "confirmed, the rest not run yet"  # the exact claim
     record = json.loads((write_study(waiting).parent / "verdict.json").read_text())
     assert record["claims"][0]["contrasts"][0]["low"] is None and not record["complete"]
 
@@ -169,7 +169,7 @@ def test_open_claims_say_what_it_takes(run):
                    for s in range(3)})
     verdict = judge(run.study, noisy)[0]
     assert verdict.state == "not resolved"
-    assert any("four times in five" in words for words in verdict_words(verdict, 2))
+    assert any("probability of 80%" in words for words in verdict_words(verdict, 2))
     assert joint_verdict([verdict]) == "not resolved"
 
 

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['FINGERPRINTS', 'SPEC_SETTINGS', 'source_fingerprint', 'data_fingerprint', 'cell_source', 'RandomTransformation',
-           'cell_views', 'CellSpec', 'cell_spec', 'cell_views_seen']
+           'cell_views', 'CellSpec', 'cell_spec', 'cell_images', 'cell_views_seen']
 
 # %% ../../nbs/studies/05_cells.ipynb #8b9ffb1f
 import hashlib
 import json
+import math
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -278,13 +280,31 @@ def cell_spec(
     return CellSpec(json.loads(json.dumps(about)), data)
 
 # %% ../../nbs/studies/05_cells.ipynb #63494397
+_IMAGES = {"cifar10": 50_000, "digits": 1_347, "imagenet": 1_281_167}  # training images
+
+
+@lru_cache(8)
+def _available(data: str) -> int:
+    "Training images of a named data set, or of a folder."
+    if data in _IMAGES and not Path(data).is_dir(): return _IMAGES[data]
+    return len(find_source(data).train)
+
+
+def cell_images(
+    spec: CellSpec,  # The cell
+) -> int:
+    "Number of training images of a cell; raises `FileNotFoundError` for missing data."
+    settings = spec.settings
+    n = min(_available(spec.data), settings.get("n_train") or math.inf)
+    return int(n * (1 - settings.get("valid_part", 0)))
+
+# %% ../../nbs/studies/05_cells.ipynb #a8682993
 def cell_views_seen(
     spec: CellSpec,  # The cell
 ) -> int:
     "Number of views that the encoder sees in training; 0 for an untrained cell."
-    settings = spec.settings
     if spec.training == "none": return 0
-    n = settings.get("n_train") or 50_000
-    steps = int(n * (1 - settings.get("valid_part", 0))) // settings["bs"]
+    n = cell_images(spec)
+    bs = min(spec.settings["bs"], n)
     views = 2 if spec.training == "contrastive" else 1
-    return views * steps * settings["bs"] * settings["epochs"]
+    return views * (n // bs) * bs * spec.settings["epochs"]

@@ -17,7 +17,7 @@ from ..core.processes import kept_memory
 from ..model.encoder import create_encoder, encoder_stats
 from ..model.inputs import memory_format_for
 from ..plan.plan import Plan, PlanConfig, run_plan
-from .cells import CellSpec, cell_views_seen
+from .cells import CellSpec, cell_images, cell_views_seen
 from .scales import SCALES, Scale
 from .tasks import Places, Task, merged
 from .training import cell_learner, cell_loaders, is_done, one_thread
@@ -63,7 +63,7 @@ def measured_views(
     name: str,  # One of these measures
 ) -> float:  # Number of training views of about the same cost
     "Cost of a measure, in training views."
-    n_train = task.spec.settings.get("n_train") or 50_000
+    n_train = cell_images(task.spec)
     if not name.startswith(("finetune", "tune")): return (n_train + (task.n_test or 10_000)) / 3
     options = task.options.get(name, {})
     percent = name.split("_")[1]

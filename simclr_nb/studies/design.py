@@ -231,7 +231,8 @@ def monotone(
     paper: str = "",  # The paper's statement
 ) -> Claim:
     "Claim that scores rise in this order, with no significant fall between neighbours."
-    rise = slope_contrast(cells, range(len(cells)), "rise for each step")
+    text_of_rise = f"rise for each step from {cells[0]} to {cells[-1]}"
+    rise = slope_contrast(cells, range(len(cells)), text_of_rise)
     pairs = zip(cells, cells[1:])
     steps = tuple(Contrast({b: 1.0, a: -1.0}, f"{b} - {a}") for a, b in pairs)
     words = f"rises in the order {', '.join(cells)}"
@@ -263,7 +264,8 @@ def quadratic(
 ) -> Claim:
     "Claim that the best value lies inside the axis: the middle is above the ends."
     bend = curvature_contrast(cells, values)
-    contrast = Contrast({c: -w for c, w in bend.weights.items()}, "middle - ends")
+    weights = {c: -w for c, w in bend.weights.items()}
+    contrast = Contrast(weights, "middle minus ends, without the slope")
     words = f"best inside {', '.join(cells)}"
     return Claim(text or words, (contrast,), measure=measure, paper=paper)
 

@@ -21,10 +21,11 @@ def _progress(run: StudyRun) -> str:
     expected, missing = len(run.table.expected), len(run.table.missing())
     if not expected: return "no training"
     if missing == expected: return f"no results yet at the scale {run.scale.name}"
-    runs = {(cell, seed) for cell, seed, _ in run.table.scores}
-    cost = cost_words(*study_seconds(run))
-    said = f"{len(runs)} pretrainings at the scale {run.scale.name}, {cost}"
-    return said + (f"; {missing} of {expected} scores are missing" if missing else "")
+    runs = len({task.spec for task in run.tasks})
+    seconds, silent = study_seconds(run)
+    if not missing: return f"{runs} runs at the scale {run.scale.name}, {cost_words(seconds)}"
+    return (f"{runs - silent} of {runs} runs at the scale {run.scale.name}, {cost_words(seconds)}; "
+            f"{missing} of {expected} scores are missing")
 
 # %% ../../nbs/studies/09a_findings.ipynb #4ce6d053
 def print_findings(

@@ -29,31 +29,47 @@ from .scales import SCALES
 from .verdict import STATES, Verdict, detectable, image_test, judge
 
 # %% ../../nbs/studies/08_pages.ipynb #f0f9b187
-def _unit(e: Estimate) -> str:
-    "Unit of a contrast."
-    keys = e.contrast.weights if e.contrast else {}
-    return "nats" if any("entropy" in key for key in keys) else "points"
+def _unit(e: Estimate, measure: str) -> str:
+    "Unit of a contrast; `measure` is that of keys without one."
+    parts = e.contrast.parts(measure) if e.contrast else {}
+    return "nats" if any("entropy" in name for _, name in parts) else "points"
 
 
-def _measured(e: Estimate) -> str:
+def _measured(e: Estimate, measure: str) -> str:
     "A contrast and its interval, in words."
     name = f"{e.contrast.text}: " if e.contrast and e.contrast.text else ""
-    if math.isnan(e.value): return f"{name}not measured"
-    text = f"{name}{e.value:+.1f} {_unit(e)}"
-    if math.isnan(e.se): return f"{text}, no interval"
+    text = f"{name}{e.value:+.1f} {_unit(e, measure)}"
+    if math.isnan(e.se): return text
     low, high = e.interval
     return f"{text} ({low:+.1f} to {high:+.1f})"
+
+
+def _differences(verdict: Verdict, most: int = 6) -> list[str]:
+    "All contrasts in words; of many differences, the three smallest, and the range of the rest."
+    claim, found = verdict.claim, list(verdict.estimates)
+    rest = []
+    if claim.kind == "greater" and len(found) > most:
+        found.sort(key=lambda e: e.value)
+        found, rest = found[:3], found[3:]
+    words = [_measured(e, claim.measure) for e in found]
+    if rest: words.append(f"the other {len(rest)}: {rest[0].value:+.1f} to {rest[-1].value:+.1f} "
+                          f"{_unit(rest[0], claim.measure)}")
+    return words
 
 # %% ../../nbs/studies/08_pages.ipynb #0f3d63b4
 def _what_it_takes(verdict: Verdict, claims: int) -> str:
     "Result that would have resolved a claim, in words; empty without an estimate."
+    claim = verdict.claim
     known = [e for e in verdict.estimates if e.se > 0]
     if not known or len(known) < len(verdict.estimates): return ""
-    if verdict.claim.kind == "equal":
-        half = max(e.interval[1] - e.value for e in known)
-        return f"the interval, now ±{half:.1f}, would have to lie inside ±{EQUAL_WITHIN} points"
-    least, unit = max((detectable(e.se, e.df, claims), _unit(e)) for e in known)
-    return f"{least:.1f} {unit} beyond the limit would be confirmed four times in five"
+    if claim.kind == "equal":
+        low, high = max((e.interval for e in known), key=lambda ends: ends[1] - ends[0])
+        return (f"the whole interval, now {low:+.1f} to {high:+.1f}, would have to lie between "
+                f"{-EQUAL_WITHIN} and +{EQUAL_WITHIN} points")
+    least, unit = max((detectable(e.se, e.df, claims), _unit(e, claim.measure)) for e in known)
+    margin = claim.contrasts[0].margin
+    beyond = f" more than the margin of {margin:g}" if margin else ""
+    return f"a true difference of {least:.1f} {unit}{beyond} is confirmed with a probability of 80%"
 
 # %% ../../nbs/studies/08_pages.ipynb #1b8d3a59
 def verdict_words(
@@ -61,8 +77,8 @@ def verdict_words(
     claims: int = 1,  # Number of tested claims of the study, for the detectable difference
 ) -> list[str]:  # Sentences or parts of them, plain text
     "Measurements for a claim and the reason for its verdict, in words."
-    words = [_measured(e) for e in verdict.estimates]
-    words.append(verdict.reason)
+    if any(math.isnan(e.value) for e in verdict.estimates): return [verdict.reason]
+    words = [*_differences(verdict), verdict.reason]
     if verdict.state == "not resolved": words.append(_what_it_takes(verdict, claims))
     return [text for text in words if text]
 
@@ -148,10 +164,11 @@ def cost_words(
     silent: int = 0,  # Number of runs without a record
 ) -> str:
     "A cost in words."
+    if silent and not seconds: return f"not run yet ({silent} runs)"
     if seconds < 90: text = f"{seconds:.0f} s"
     elif seconds < 5400: text = f"{seconds / 60:.0f} min"
     else: text = f"{seconds / 3600:.1f} h"
-    return f"{text}, and {silent} runs not recorded" if silent else text
+    return f"{text}; {silent} runs to come" if silent else text
 
 # %% ../../nbs/studies/08_pages.ipynb #3c9d0ff9
 _STYLE = """
@@ -278,29 +295,32 @@ def write_study(
 # %% ../../nbs/studies/08_pages.ipynb #61b1774f
 def joint_verdict(
     verdicts: Sequence[Verdict],  # Verdicts on the claims of a study
-) -> str:  # Such as "confirmed in part (2 of 3)"
-    "Combine the verdicts of a study's claims into one."
+) -> str:  # Such as "2 confirmed, 1 refuted"; the state alone if all agree
+    "Count the claims of a study by verdict."
     states = [v.state for v in verdicts if v.state != "not at this scale"]
     if not states: return "not at this scale" if verdicts else "no claim"
-    counts = {state: states.count(state) for state in STATES[:3]}
-    for state, n in counts.items():
-        if n == len(states): return state
-    for state in ("refuted", "confirmed"):
-        if counts[state]: return f"{state} in part ({counts[state]} of {len(states)})"
-    return "not resolved"
+    if len(set(states)) == 1: return states[0]
+    return ", ".join(f"{states.count(s)} {s}" for s in STATES if s in states)
 
 # %% ../../nbs/studies/08_pages.ipynb #a06acf1b
+def _verdict_so_far(run: StudyRun) -> str:
+    "The verdicts of a study, complete or not."
+    verdicts = judge(run.study, run.table)
+    if run.is_complete: return joint_verdict(verdicts)
+    if run.table.scores: return f"{joint_verdict(verdicts)}, runs missing"
+    exact = [verdict for verdict in verdicts if verdict.claim.kind == "exact"]
+    return f"{joint_verdict(exact)}, the rest not run yet" if exact else "not run yet"
+
+# %% ../../nbs/studies/08_pages.ipynb #87f8419e
 def overview_rows(
     runs: Sequence[StudyRun],  # In the order of the rows
 ) -> list[tuple[str, str, str, str]]:  # Items, one line, verdict, cost
     "Rows of the overview, as plain text."
     rows = []
     for run in runs:
-        verdict = joint_verdict(judge(run.study, run.table))
-        if not run.is_complete: verdict += ", runs missing"
         cost = cost_words(*study_seconds(run)) if run.tasks else "no training"
         line = f"{run.study.title}: {run.study.question}"
-        rows.append((", ".join(run.study.items), line, verdict, cost))
+        rows.append((", ".join(run.study.items), line, _verdict_so_far(run), cost))
     return rows
 
 # %% ../../nbs/studies/08_pages.ipynb #3274bd8b

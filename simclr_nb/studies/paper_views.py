@@ -62,11 +62,11 @@ _FALL = slope_contrast([_LABELLED[t] + "/accuracy" for t in STRENGTH_CELLS], _DO
                        "supervised")
 _TABLE_1_CLAIMS = (
     slope([_SIMCLR[t] for t in STRENGTH_CELLS], _DOUBLINGS,
-          "(a) SimCLR gains from stronger colours", paper="59.6 to 63.2"),
+          "(a) SimCLR gains accuracy with stronger colour distortion", paper="59.6 to 63.2"),
     slope([_LABELLED[t] for t in STRENGTH_CELLS], _DOUBLINGS,
-          "(b) supervised training loses by them", True, measure="accuracy", paper="77.0 to 75.7"),
-    Claim("(c) SimCLR gains more than supervised training", (_RISE.minus(_FALL),),
-          paper="section 3.2: +3.6 against -1.3"),
+          "(b) supervised training loses accuracy with it", True, measure="accuracy", paper="77.0 to 75.7"),
+    Claim("(c) SimCLR gains more than supervised training", (_RISE.minus(_FALL, "slope of SimCLR minus slope of supervised training"),),
+          paper="Table 1: +3.6 against -1.3"),
     greater("strength 1", "AutoAugment", "(d) for SimCLR, strength 1 is better than AutoAugment",
             paper="63.2 against 61.1"),
     greater("supervised AutoAugment", "supervised strength 1", measure="accuracy",
@@ -90,7 +90,7 @@ TABLE_1 = Study(
     _TABLE_1_CELLS, _TABLE_1_CLAIMS, "Table 1", _TABLE_1_PLOT,
     (*MINI_DIFFERS, "blur: a kernel of 3 pixels, where the paper's has 23",
      "supervised: 20 epochs of one view, as many images as SimCLR sees; the paper: 90 epochs",
-     "AutoAugment: the policy that was found for CIFAR-10, with labels of all 50,000 images"))
+     "AutoAugment: the policy that a search on CIFAR-10 found, with labels"))
 
 # %% ../../nbs/studies/10_paper_views.ipynb #f303b74b
 TEXT_VIEWS = Study(
@@ -127,12 +127,12 @@ _TABLE_3_CELLS = (
 # %% ../../nbs/studies/10_paper_views.ipynb #4014f5ef
 _TABLE_3_CLAIMS = (
     *(greater(*(f"{_trained_with(name)}/{m}" for m in _BOTH[name]),
-              f"h tells {what} better than g(h)", paper=_FOUND[name])
+              f"an MLP predicts {what} better from h than from g(h)", paper=_FOUND[name])
       for name, what in _ASKED.items()),
     *(interaction(*(f"{_trained_with(name)}/{m}" for m in _BOTH[name]),
                   *(f"square head/{m}" for m in _BOTH[name]),
-                  f"g loses more of the {what} if the pretraining has it",
-                  paper="not in the paper: our test of its conjecture (section 4.2)")
+                  f"g loses more about {what} if the pretraining has this transformation",
+                  paper="a conjecture in section 4.2; the test is ours")
       for name, what in _ASKED.items() if name != "color"),
 )
 
@@ -152,7 +152,7 @@ TABLE_3 = Study(
     _TABLE_3_CELLS, _TABLE_3_CLAIMS, "Table 3", _TABLE_3_PLOT,
     (*MINI_DIFFERS, "the added transformation has one of its classes at random: a rotation of 0, "
      "90, 180 or 270 degrees, noise or none, Sobel or none",
-     "colour: one image in two is gray, and (gray20) one in five as in the paper"))
+     "colour: one image in two is grey, and (gray20) one in five as in the paper"))
 
 # %% ../../nbs/studies/10_paper_views.ipynb #f3061651
 def _inside(a: Tensor, b: Tensor) -> Tensor:
@@ -291,7 +291,7 @@ _FIGURE_5_CLAIMS = (
          paper="Figure 5: one composition stands out"),
     best(_BEST, _SINGLE, "(b) crop + colour beats every single operator",
          paper="Figure 5: no single transformation suffices"),
-    best(_BEST, _SINGLE, "(c) by more than 5 points each", margin=5.0, paper="Figure 5"),
+    best(_BEST, _SINGLE, "(c) crop + colour beats every single operator by more than 5 points", margin=5.0, paper="Figure 5"),
     Claim("(d) the contrastive task is easier with each operator alone",
           tuple(Contrast({a: 1.0, _BEST: -1.0}, f"{a} - {_BEST}") for a in _SINGLE),
           measure="contrastive_accuracy",

@@ -134,7 +134,7 @@ def _why_open(claim: Claim, estimates: Sequence[Estimate], p: float) -> str:
     "Why a claim is not resolved."
     if any(math.isnan(e.value) for e in estimates): return "some runs are missing"
     if any(math.isnan(e.se) for e in estimates): return "no interval: too few seeds"
-    if p <= 0.025: return "significant alone, not among all claims of the study"
+    if p <= 0.025: return "significant on its own, but not after Holm's correction for all claims"
     return "the scores fit both the claim and its opposite"
 
 # %% ../../nbs/studies/04_verdict.ipynb #94f7a3b0
