@@ -2030,6 +2030,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'simclr_nb/model/encoder.py'),
                                          'simclr_nb.model.encoder.load_encoder': ( 'model/encoder.html#load_encoder',
                                                                                    'simclr_nb/model/encoder.py'),
+                                         'simclr_nb.model.encoder.pretraining_size': ( 'model/encoder.html#pretraining_size',
+                                                                                       'simclr_nb/model/encoder.py'),
                                          'simclr_nb.model.encoder.save_encoder': ( 'model/encoder.html#save_encoder',
                                                                                    'simclr_nb/model/encoder.py')},
             'simclr_nb.model.head': { 'simclr_nb.model.head.Projection': ('model/head.html#projection', 'simclr_nb/model/head.py'),

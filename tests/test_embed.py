@@ -16,10 +16,13 @@ from torch import nn
 import processes
 from simclr_nb.cli import embed as command
 from simclr_nb.evaluate.features import encoder_features
-from simclr_nb.model.encoder import create_encoder, save_encoder
+from simclr_nb.model.encoder import create_encoder, load_encoder, save_encoder
 from simclr_nb.data import simclr_dls
 from simclr_nb.run.embedding import embed
+from simclr_nb.run.evaluate import EvaluationConfig, _loaders
 from simclr_nb.run.vector_files import read_vectors
+from simclr_nb.train.parts import view_size
+from simclr_nb.views.two_views import TwoViews
 
 QUIET = dict(progress=False, workers=0)
 
@@ -69,6 +72,18 @@ def test_every_kind_of_data_gives_the_same_rows(pictures, tmp_path):
     assert rows["files"].names == [f.as_posix() for f in files]
     assert rows["array"].labels == [label[-1] for label in labels]
     for kind, each in rows.items(): assert np.array_equal(each.h, first.h), kind
+
+
+def test_images_have_the_size_of_the_pretraining(pictures, tmp_path):
+    "By a command that says nothing, for h and for another layer; an option goes before."
+    file = save_encoder(network(), tmp_path / "encoder.safetensors", size=24)
+    out = tmp_path / "h.npy"
+    for options, size in ((dict(), 24), (dict(layer="layer1"), 24), (dict(size=20), 20)):
+        found = embed(file, pictures, out, **options, **QUIET)
+        assert found.card["preprocessing"]["size"] == size
+        for path in tmp_path.glob("h*"): path.unlink()
+    evaluated = _loaders(EvaluationConfig(str(file), str(pictures)), load_encoder(file))
+    assert view_size(evaluated, TwoViews(evaluated.policy)) == 24
 
 
 def test_rows_are_those_of_the_evaluation(pictures, tmp_path):
@@ -152,6 +167,7 @@ import resource, sys
 import numpy as np, torch
 from torch import nn
 from simclr_nb.run.embedding import embed
+from simclr_nb.run.evaluate import EvaluationConfig, _loaders
 
 encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 2048))
 pixels = np.zeros((40_000, 8, 8, 3), np.uint8)

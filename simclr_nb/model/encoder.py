@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'OF_LIBRARIES', 'is_our_resnet', 'create_encoder', 'encoder_stats', 'save_encoder', 'load_encoder',
-           'load_beside']
+           'pretraining_size', 'load_beside']
 
 # %% ../../nbs/model/06_encoder.ipynb #b7d06a3b
 import json
@@ -179,6 +179,14 @@ def load_encoder(
         raise ValueError(f"{str(path)!r} does not fit {what}: {why}") from None
     encoder.metadata = {**description["metadata"], "version": description.get("version")}
     return encoder.to(device).eval()
+
+# %% ../../nbs/model/06_encoder.ipynb #b1afded6
+def pretraining_size(
+    encoder: nn.Module,  # Encoder, perhaps from a file
+) -> int | None:  # Side in pixels; None if it is not known
+    "Side of an encoder's images: its own, or that of the views that pretrained it."
+    size = getattr(encoder, "size", None) or getattr(encoder, "metadata", {}).get("size")
+    return size if isinstance(size, int) and size > 0 else None
 
 # %% ../../nbs/model/06_encoder.ipynb #feb313ba
 def load_beside(

@@ -42,7 +42,7 @@ class RunConfig:
     preset: str | None = None  # digits, cifar, photos-cpu, gpu, eight-gpus: fills in open settings
     arch: str | None = None  # Encoder: resnet18, 34, ... 200 (amdim/NDF-RKHS-DEPTH: 32-256-2)
     width: float | None = None  # Multiplies the channels of a ResNet; 0.25
-    epochs: int | None = None  # Passes over the training images; digits 60, else 12 (10, else 6)
+    epochs: int | None = None  # Passes over the training images; digits 40 or 60, else 6 to 12
     minutes: float | None = None  # Instead of epochs: as many as fit, including the evaluation
     bs: int | None = None  # Images in a batch over all processes; 256, or half of all (96)
     temperature: float | None = None  # Softmax temperature of the loss; 0.5 for digits, else 0.2
@@ -147,7 +147,7 @@ def _check_rate(config: RunConfig) -> None:
 def _simclr_defaults(config: RunConfig) -> dict:
     "Values for SimCLR, for short runs."
     is_digits = _is_digits(config)
-    values = dict(arch="resnet18", epochs=60 if is_digits else 12,
+    values = dict(arch="resnet18", epochs=40 if is_digits else 12,
                   temperature=0.5 if is_digits else 0.2)
     if "/" not in (config.arch or ""): values["width"] = 0.25  # other networks have no width
     by_lars = config.optimizer in (None, "lars")

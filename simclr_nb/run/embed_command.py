@@ -25,7 +25,7 @@ class EmbedConfig:
     layer: str | None = None  # Layer instead of h, by its name in the encoder
     arch: str | None = None  # Architecture of weights without one: torchvision/NAME, timm/NAME
     normalize: str = "auto"  # Pixels: imagenet, none, or auto: imagenet for torchvision and timm
-    size: int | None = None  # Side of the images; that of small ones, 96 for photos
+    size: int | None = None  # Side of the images; as in pretraining
     crop: str = "auto"  # Part of an image: "whole", "center", or "auto" (whole for small ones)
     bs: int = 256  # Images in a batch, up to 1024
     skip_bad: bool = False  # Skip damaged images; the card lists them

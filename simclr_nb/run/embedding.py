@@ -33,6 +33,7 @@ from ..images.listing import IMAGE_SUFFIXES
 from ..images.pixels import pixel_rules
 from ..measure.representations import represent
 from ..model.adapt import AdaptedEncoder
+from ..model.encoder import pretraining_size
 from ..model.inputs import input_channels, memory_format_for
 from .evaluate import open_encoder
 from .every_image import Squares, list_images, listing_digest, square_images
@@ -61,12 +62,13 @@ def encoder_layer(
     layer: str,  # Name of one of its layers, as in `named_modules`
 ) -> nn.Module:  # Encoder that gives this layer; shares the weights
     "Encoder up to one of its layers; raises `ValueError` that lists the nearest layer names."
-    if not isinstance(encoder, AdaptedEncoder):
-        check_choice("layer", layer, [name for name, _ in encoder.named_modules() if name])
-        return AdaptedEncoder(encoder, layer, in_channels=input_channels(encoder)).eval()
-    check_choice("layer", layer, [name for name, _ in encoder.model.named_modules() if name])
-    mean, std = _pixels(encoder)
-    return AdaptedEncoder(encoder.model, layer, mean, std, encoder.in_channels).eval()
+    is_adapted = isinstance(encoder, AdaptedEncoder)
+    model = encoder.model if is_adapted else encoder
+    check_choice("layer", layer, [name for name, _ in model.named_modules() if name])
+    if is_adapted: found = AdaptedEncoder(model, layer, *_pixels(encoder), encoder.in_channels)
+    else: found = AdaptedEncoder(model, layer, in_channels=input_channels(encoder))
+    found.metadata = getattr(encoder, "metadata", {})
+    return found.eval()
 
 # %% ../../nbs/run/03d_embedding.ipynb #6e854265
 def _pixels(encoder: nn.Module) -> tuple[list | None, list | None]:
@@ -239,7 +241,7 @@ def _squares(data, encoder: nn.Module, size: int | None, crop: str, progress: bo
     rules = pixel_rules(channels=None if channels == 3 else channels, **rules)
     listing = list_images(data, BAND_SUFFIXES if rules.channels else IMAGE_SUFFIXES)
     if not len(listing): raise ValueError(f"no image to embed ({listing.found})")
-    images = square_images(listing, size or getattr(encoder, "size", None), crop, rules, progress)
+    images = square_images(listing, size or pretraining_size(encoder), crop, rules, progress)
     if progress:
         kind = dict(whole="whole", center="their central square")[images.crop]
         print(f"{listing.found}; all {len(listing):,} embedded, {kind}, {images.size} px")

@@ -21,7 +21,7 @@ from ..core.choices import check_choice, quoted
 from ..data import SimCLRDataLoaders, simclr_dls
 from ..transfer.datasets import TRANSFER_DATASETS, load_transfer
 from ..convert.imports import import_weights, weights_digest
-from ..model.encoder import OF_LIBRARIES, create_encoder
+from ..model.encoder import OF_LIBRARIES, create_encoder, pretraining_size
 from ..model.inputs import input_channels
 from ..core.lock import locked_folder
 from ..core.store import check_same_settings, copy_atomic, read_json, remove_unfinished
@@ -120,7 +120,7 @@ class EvaluationConfig:
     protocol: str | None = None  # Protocols, with commas; knn,logistic,linear, or classifier
     arch: str | None = None  # Architecture of weights without one: torchvision/NAME, timm/NAME
     normalize: str = "auto"  # Pixels: imagenet, none, or auto: imagenet for torchvision and timm
-    size: int | None = None  # Side of the images; that of small ones, 96 for photos, transfer 224
+    size: int | None = None  # Side of the images; as in pretraining, transfer 224
     bs: int | None = None  # Images in a batch; 256, or fewer if there are few images
     epochs: int | None = None  # Passes over the labelled images; linear 90, fine-tuning 30 or 60
     cached: bool = False  # Linear evaluation on features computed once, without augmentation
@@ -208,7 +208,7 @@ def _keep_settings(folder: Path, settings: dict) -> None:
 # %% ../../nbs/run/03_evaluate.ipynb #43723bdc
 def _loaders(config: EvaluationConfig, encoder: nn.Module) -> SimCLRDataLoaders:
     "Images to evaluate on."
-    size = config.size or getattr(encoder, "size", None)  # AMDIM's encoder has a fixed size
+    size = config.size or pretraining_size(encoder)
     channels = input_channels(encoder)
     if channels == 3: channels = None  # the usual way to read RGB
     return simclr_dls(config.data, size, config.bs, n_train=config.n_train,
