@@ -6,7 +6,6 @@
 __all__ = ['SimCLRDataLoaders', 'simclr_dls', 'clean_loader', 'image_channels']
 
 # %% ../nbs/images/09_data.ipynb #6298eaf1
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from .core.choices import check_choice
 from simclr_nb.core.processes import (
+    cores_per_process,
     from_main,
     is_main,
     join_processes,
@@ -251,7 +251,7 @@ def simclr_dls(
     bs = _own_batch(bs, len(source.train), len(source.valid))
     seed = from_main(random.randrange(2**32)) if seed is None else seed
     device = default_device() if device is None else torch.device(device)
-    workers = os.cpu_count() if num_workers is None else num_workers
+    workers = cores_per_process() if num_workers is None else num_workers
     if source.in_memory: loaders = _array_loaders(source, bs, seed, device)
     else: loaders = _file_loaders(source, policy, bs, seed, decode, skip_bad, worker_timeout,
                                   num_workers=workers, device=device)
@@ -273,10 +273,12 @@ def clean_loader(
 ) -> DataLoader:  # Batches `(x, y)`, each image once, in order
     "Make a loader without augmentation, shuffling or dropped images."
     dataset = dls[i].dataset
-    if isinstance(dls, SimCLRDataLoaders): dataset = dataset.clean(dls.policy.size)
-    loader = dls.valid.new(dataset, shuffle=False, drop_last=False, bs=bs or dls.train.bs)
-    rows = range(min(n or loader.n, loader.n))
+    rows = range(min(n or len(dataset), len(dataset)))
     if shard: rows = shard_rows(len(rows), rank(), world_size())
+    if isinstance(dls, SimCLRDataLoaders):
+        dataset = dataset.clean(dls.policy.size, rows)
+        if len(dataset) == len(rows): rows = range(len(rows))  # a dataset of these rows alone
+    loader = dls.valid.new(dataset, shuffle=False, drop_last=False, bs=bs or dls.train.bs)
     loader.n = len(rows)
     loader.get_idxs = partial(list, rows)
     return loader

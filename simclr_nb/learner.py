@@ -356,4 +356,5 @@ def load_encoder(
         if saved.config != ours.config:
             raise ValueError(f"{path} holds {saved.config}, this learner has {ours.config}")
     ours.load_state_dict(saved.state_dict())
+    if hasattr(self.model, "after_loading"): self.model.after_loading()
     return self

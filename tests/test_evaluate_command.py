@@ -124,3 +124,40 @@ def test_other_settings_get_another_folder(encoder, tmp_path, monkeypatch):
     assert first.folder == again.folder != other.folder and first.results == again.results
     with pytest.raises(ValueError, match=r"\(k \d+, now 7\): give another folder"):
         run_evaluation(EvaluationConfig(str(encoder), k=7, out=str(first.folder), **config))
+
+
+def noise_folders(root: Path, per_class: dict[str, int]) -> None:
+    "Folders of classes with so many training images each, and two test images."
+    torch.manual_seed(0)
+    for part, counts in (("train", per_class), ("test", dict.fromkeys(per_class, 2))):
+        for name, n in counts.items():
+            (folder := root / part / name).mkdir(parents=True, exist_ok=True)
+            for i in range(n):
+                pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(folder / f"{name}{i}.png")
+
+
+def test_more_images_are_measured_anew(command, encoder, tmp_path):
+    "In another folder by default; a folder of other images says what is new."
+    noise_folders(tmp_path / "photos", dict(a=4, b=4))
+    options = "--data photos --workers 0 --protocol logistic".split()
+    for out in ([], ["--out", "mine"]):
+        code, _, err = command(encoder, *options, *out)
+        assert code == 0, err
+    first, = Path("runs").iterdir()
+    assert "8 training images" in load_result(first / "logistic.json").card["labels"]
+    noise_folders(tmp_path / "photos", dict(a=6, b=6))
+    code, _, err = command(encoder, *options)
+    assert code == 0, err
+    second, = set(Path("runs").iterdir()) - {first}
+    assert "12 training images" in load_result(second / "logistic.json").card["labels"]
+    code, _, err = command(encoder, *options, "--out", "mine")
+    assert code == 2 and "4 of 12 images new" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("counts", [dict(a=20, b=1), dict(a=3, b=1)])
+def test_a_class_with_one_image(command, encoder, tmp_path, counts):
+    "Cannot be in every part: the strength is chosen with the parts that have two classes."
+    noise_folders(tmp_path / "photos", counts)
+    code, out, err = command(encoder, "--data", "photos", "--workers", "0", "--protocol", "logistic")
+    assert code == 0 and "logistic" in out, err

@@ -223,3 +223,24 @@ def test_three_minutes_of_the_command(tmp_path, is_busy):
     card = json.loads((tmp_path / "run/results.json").read_text())["k-NN"]["pretrained"]["card"]
     print(f"{seconds:.1f} s, {card['pretraining']['epochs']} epochs")
     assert 171 <= seconds <= 189
+
+
+def test_an_epoch_of_one_batch(monkeypatch):
+    "No two steps of an epoch follow each other there."
+    clock, learn = Clock(monkeypatch), digits_learner(n_train=16)
+    assert len(learn.dls.train) == 1
+    fit(learn, 2, Takes(clock, lambda t: 2.0, 1.0))
+    assert 114 <= clock.now - 1000 <= 126
+    assert len(learn.recorder.lrs) == learn.time_plan.total and max(learn.recorder.lrs) > 0
+
+
+def test_killed_before_there_is_a_plan(monkeypatch, tmp_path):
+    "Epochs end before a tenth of the time has passed, and so does the process."
+    clock, learn = Clock(monkeypatch), digits_learner()
+    with pytest.raises(Stop):
+        fit(learn, 10, Takes(clock, lambda t: 0.001, 0.0), StopAt(12),
+            CheckpointCallback(tmp_path, every_minutes=0))
+    assert learn.time_plan.total is None
+    again = digits_learner()
+    fit(again, 10, Takes(clock, lambda t: 2.0, 0.0), CheckpointCallback(tmp_path, resume=True))
+    assert again.time_plan.total == len(again.recorder.lrs) > 12

@@ -238,6 +238,15 @@ def test_the_optimiser_does_not_see_the_key_encoder():
     assert any(isinstance(m, SplitBatchNorm) for m in learn.model.key_encoder.modules())
 
 
+def test_a_loaded_encoder_is_that_of_the_keys_too(tmp_path):
+    "By `load_encoder`; `--init` calls the same method of the model."
+    dls = simclr_dls("digits", bs=32, n_train=64, n_valid=64, seed=0, device="cpu", progress=False)
+    file = moco_learner(dls, width=0.0625, negatives=64).save_encoder(tmp_path / "e.safetensors")
+    model = moco_learner(dls, width=0.0625, negatives=64).load_encoder(file).model
+    keys = model.key_encoder.encoder.state_dict()
+    for name, value in model.encoder.state_dict().items(): assert torch.equal(value, keys[name])
+
+
 def uneven_groups(rank: int, world: int) -> str:
     "Message of a forward pass whose groups do not divide among the processes."
     layer = nn.BatchNorm2d(2)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMEOUT', 'world_size', 'rank', 'is_main', 'join_processes', 'leave_processes', 'from_main', 'all_objects',
-           'any_rank', 'shard_rows', 'kept_memory', 'launch', 'check_worker_folder', 'peak_memory_mib', 'process_age']
+           'any_rank', 'shard_rows', 'cores_per_process', 'kept_memory', 'launch', 'check_worker_folder',
+           'peak_memory_mib', 'process_age']
 
 # %% ../../nbs/core/02_processes.ipynb #cec27117
 import atexit
@@ -112,6 +113,13 @@ def shard_rows(
         raise ValueError("expected n >= 0 and 0 <= rank < world_size, got "
                          f"n = {n}, rank = {rank}, world_size = {world_size}")
     return range(n * rank // world_size, n * (rank + 1) // world_size)
+
+# %% ../../nbs/core/02_processes.ipynb #b3a199d6
+def cores_per_process() -> int:  # At least 1
+    "Number of cores for each rank of this machine, of those that this process may use."
+    try: cores = len(os.sched_getaffinity(0))
+    except AttributeError: cores = os.cpu_count() or 1  # not on Linux
+    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", world_size())), 1)
 
 # %% ../../nbs/core/02_processes.ipynb #313b786c
 _TRIM, _PAD, _MMAP = -1, -2, -3  # numbers of glibc's options: M_TRIM_THRESHOLD, M_TOP_PAD, ...

@@ -70,15 +70,16 @@ def _standardize(h: Tensor, *others: Tensor) -> list[Tensor]:
 # %% ../../nbs/evaluate/05_frozen.ipynb #0c90b3c8
 def _folds(y: np.ndarray, groups: Sequence | None = None) -> Iterable:
     "Rows to fit and to select on: stratified five-fold, or one 80:20 split for many images."
-    if groups is not None:
+    from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
+
+    counts = np.unique(y, return_counts=True)[1]
+    fewest, is_large = counts.min(), len(y) > 2000
+    too_many = is_large and len(counts) > len(y) // 5  # classes for one stratified split
+    if groups is not None or fewest < 2 or too_many:
         parts = held_out_parts(torch.from_numpy(y), groups, all_up_to=2000)
         return [tuple(rows.numpy() for rows in part) for part in parts]
-    from sklearn.model_selection import KFold, StratifiedKFold, StratifiedShuffleSplit
-
-    fewest = np.unique(y, return_counts=True)[1].min()
-    if fewest < 2: split = KFold(5, shuffle=True, random_state=0)  # nothing to stratify
-    elif len(y) <= 2000: split = StratifiedKFold(min(5, fewest), shuffle=True, random_state=0)
-    else: split = StratifiedShuffleSplit(1, test_size=0.2, random_state=0)
+    if is_large: split = StratifiedShuffleSplit(1, test_size=0.2, random_state=0)
+    else: split = StratifiedKFold(min(5, fewest), shuffle=True, random_state=0)
     return split.split(y, y)
 
 # %% ../../nbs/evaluate/05_frozen.ipynb #d495f9ef

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..convert.imports import import_weights
 from ..data import SimCLRDataLoaders, clean_loader, simclr_dls
 from .calibration import calibration_error, plot_reliability, reliability
-from .features import encoder_card
+from .features import encoder_card, on_fastest_device
 from .logistic import L2_STRENGTHS
 from .per_class import average_precision, class_report, confusion_matrix
 from .per_class import macro_f1, micro_f1, plot_confusion, yes_or_no
@@ -35,6 +35,7 @@ from ..images.tables import several_labels
 from ..measure.data_checks import check_answerable
 from ..measure.intervals import bootstrap_interval
 from ..measure.representations import represent
+from ..model.encoder import pretraining_size
 from ..model.inputs import input_channels
 
 # %% ../../nbs/evaluate/04d_image_classifier.ipynb #6aab08c7
@@ -189,10 +190,11 @@ def _groups(groups: Sequence | Mapping | None, dls: SimCLRDataLoaders,
 # %% ../../nbs/evaluate/04d_image_classifier.ipynb #4f385fe3
 def _opened(encoder: nn.Module | str | Path, data, size: int | None, progress: bool) -> tuple:
     "Encoder, loaded from its file if need be, and loaders, created from other data."
-    if not isinstance(encoder, nn.Module): encoder = import_weights(encoder, progress=False).encoder
+    if not isinstance(encoder, nn.Module):
+        encoder = on_fastest_device(import_weights(encoder, progress=False).encoder)
     if isinstance(data, SimCLRDataLoaders): return encoder, data
     channels = input_channels(encoder)
-    size = size or getattr(encoder, "size", None)
+    size = size or pretraining_size(encoder)
     return encoder, simclr_dls(data, size, progress=progress,
                                channels=None if channels == 3 else channels)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.choices import quoted
+from .features import on_fastest_device
 from .image_classifier import ImageClassifier, Reading
 from .readout import Readout
 from .result import Result
@@ -184,7 +185,9 @@ def predict(
 ) -> Iterator[Prediction]:  # In the order of the files
     "Predict images, one by one; raises the errors of `load_classifier` and `image_files`."
     if bs < 1: raise ValueError(f"bs must be at least 1, got {bs}")
-    if not isinstance(classifier, ImageClassifier): classifier = load_classifier(classifier)
+    if not isinstance(classifier, ImageClassifier):
+        classifier = load_classifier(classifier)
+        on_fastest_device(classifier.encoder)
     suffixes = BAND_SUFFIXES if classifier.reading.rules.channels else IMAGE_SUFFIXES
     files = image_files(images, suffixes)
     return _batches(classifier, files, bs, threads or os.cpu_count())

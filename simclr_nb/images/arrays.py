@@ -58,14 +58,16 @@ class ImageArrays:
 def clean(
     self: ImageArrays,
     size: int,  # Side of the result, in pixels
+    rows: range | None = None,  # Only these rows, if images must be resized; None: all
 ) -> ImageArrays:
     "Whole images, resized to `size` x `size` if they have another size."
-    n, _, h, w = self.images.shape
+    h, w = self.images.shape[2:]
     if h == w == size: return self
+    part = slice(None) if rows is None else slice(rows.start, rows.stop)
     box = torch.tensor([[0, 0, h, w]])
     views = [crop_resize(x.float(), box.expand(len(x), -1), size).round_().clamp_(0, 255).byte()
-             for x in self.images.split(256)]
-    return ImageArrays(torch.cat(views), self.labels)
+             for x in self.images[part].split(256)]
+    return ImageArrays(torch.cat(views), self.labels[part])
 
 # %% ../../nbs/images/04_arrays.ipynb #ca8d3594
 @patch

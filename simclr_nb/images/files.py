@@ -190,8 +190,8 @@ class ImageFiles:
     def new_empty(self) -> "ImageFiles":
         return type(self)([], self.labels[:0], self.crop, self.rules)
 
-    def clean(self, size: int) -> "CleanFiles":
-        "Data set of one central square per image."
+    def clean(self, size: int, rows: range | None = None) -> "CleanFiles":
+        "Data set of one central square per image; all rows, because it reads them later."
         return CleanFiles(self.paths, self.labels, size, self.rules)
 
     def __getitem__(self, i):

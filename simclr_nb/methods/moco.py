@@ -77,6 +77,12 @@ def follow(self: MoCo) -> None:
     torch._foreach_mul_(keys, self.momentum)
     torch._foreach_add_(keys, queries, alpha=1 - self.momentum)
 
+# %% ../../nbs/methods/03_moco.ipynb #a452d915
+@patch
+def after_loading(self: MoCo) -> None:
+    "Copy the query encoder to the key encoder, with its BatchNorm averages."
+    self.key_encoder.load_state_dict(SimCLR(self.encoder, self.head).state_dict())
+
 # %% ../../nbs/methods/03_moco.ipynb #2c3fffe1
 @patch
 @torch.no_grad()

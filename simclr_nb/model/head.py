@@ -21,6 +21,7 @@ from safetensors.torch import save
 from .. import __version__
 from ..core.choices import check_choice
 from ..core.store import parse_json, write_atomic
+from .inputs import input_channels
 
 # %% ../../nbs/model/04_head.ipynb #777979dd
 def _layer(dim: int, out_dim: int, batch_norm: bool, last: bool, bias: bool) -> list:
@@ -139,6 +140,7 @@ def encoder_up_to(
     encoder = nn.Sequential(model.encoder, head)
     widths = [m.out_features for m in head.modules() if isinstance(m, nn.Linear)]
     encoder.out_dim = [model.encoder.out_dim, *widths][-1]
+    encoder.in_channels = input_channels(model.encoder)
     encoder.feature = {0: "h", -1: "z"}.get(layer, f"hidden layer {layer}")
     return encoder
 

@@ -142,11 +142,11 @@ def _autocast_of(device: str) -> dict:
 
 # %% ../../nbs/parallel/03_microbatch.ipynb #5d36a1ff
 def views_per_image(
-    model: nn.Module,  # Model of a learner, perhaps wrapped for several processes
+    model: nn.Module,  # Model of a learner, perhaps wrapped for micro-batches or several processes
 ) -> int:
     "Return the rows that a model takes per image: its `views_per_image`, or 2 without one."
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    return getattr(inner, "views_per_image", 2)
+    while isinstance(getattr(model, "module", None), nn.Module): model = model.module
+    return getattr(model, "views_per_image", 2)
 
 # %% ../../nbs/parallel/03_microbatch.ipynb #b16c3cad
 class _TwoPasses:

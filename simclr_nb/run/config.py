@@ -270,7 +270,7 @@ def _check_given(config: RunConfig) -> None:
     of_methods = {name for m in METHODS.values() for name in m.options + m.fit_options}
     for field in fields(config):
         value = getattr(config, field.name)
-        is_given = field.default is None and value is not None
+        is_given = value != field.default
         is_foreign = field.name in of_methods.difference(method.options, method.fit_options)
         if is_given and is_foreign:
             raise ValueError(f"{config.method} has no {field.name}, got {value}")

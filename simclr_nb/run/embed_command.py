@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..core.choices import check_choice
 from ..core.processes import is_main
+from ..evaluate.features import on_fastest_device
 from .embedding import Embedding, embed, encoder_source
 from .evaluate import open_encoder
 from .explorer import MAPS, explore
@@ -41,7 +42,7 @@ def _encoder(config: EmbedConfig):
     source = encoder_source(config.encoder)
     if config.arch is None and config.normalize == "auto": return source
     options = dict(size=config.size or 224) if "/" in (config.arch or "") else {}
-    return open_encoder(source, config.arch, config.normalize, **options)
+    return on_fastest_device(open_encoder(source, config.arch, config.normalize, **options))
 
 # %% ../../nbs/run/03f_embed_command.ipynb #32f8d8ac
 def run_embedding(

@@ -8,7 +8,6 @@ __all__ = ['encoder_source', 'encoder_layer', 'Embedding', 'embed']
 # %% ../../nbs/run/03d_embedding.ipynb #5bf63aaa
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 from ..convert.imports import is_library
 from ..core.choices import check_choice, quoted
 from ..core.lock import locked_folder
-from ..core.processes import from_main, is_main, join_processes, kept_memory, world_size
+from ..core.processes import cores_per_process, from_main, is_main, join_processes
+from ..core.processes import kept_memory, world_size
 from ..core.store import check_same_settings, read_json, remove_unfinished, write_atomic
 from ..evaluate.features import encoder_config
 from ..evaluate.result import environment, speed
@@ -150,6 +150,13 @@ def _compute(job: _Job, mine: list[int]) -> Iterator[None]:
             yield
         job.pieces.keep(i, np.concatenate(h) if h else np.zeros((0, 0), np.float32), bad)
 
+# %% ../../nbs/run/03d_embedding.ipynb #5dc98f69
+def _shapes(job: _Job) -> Iterator[tuple[int, int]]:
+    "Yield the rows and columns of each piece; synchronises with other processes."
+    for i in range(len(job.pieces)):
+        yield job.pieces.kept(i)[0].shape
+        agree(None)
+
 # %% ../../nbs/run/03d_embedding.ipynb #a28f1ba5
 def _joined(job: _Job, skipped: list[str]) -> Iterator[Rows]:
     "Yield the rows of each piece; synchronises with other processes, and lists skipped images."
@@ -166,8 +173,8 @@ def _joined(job: _Job, skipped: list[str]) -> Iterator[Rows]:
 
 def _extent(job: _Job) -> tuple[int, int]:
     "Rows and columns of the table; raises `ValueError` if no image is left."
-    if job.skip_bad: shapes = [job.pieces.kept(i)[0].shape for i in range(len(job.pieces))]
-    else: shapes = [(len(job.images), job.pieces.kept(0)[0].shape[1])]
+    shapes = [(len(job.images), job.pieces.kept(0)[0].shape[1])]
+    if job.skip_bad: shapes = list(_shapes(job))
     n = sum(shape[0] for shape in shapes)
     if not n: raise ValueError(f"all {len(job.images):,} image files are damaged")
     return n, max(shape[1] for shape in shapes)
@@ -189,7 +196,7 @@ def _join(job: _Job, about: dict) -> dict:
         except Exception as caught: error = caught
         agree(error)
     else:
-        for _ in range(len(job.pieces) + 1): agree(None)
+        for _ in range(len(job.pieces) * (1 + job.skip_bad) + 1): agree(None)
     return from_main(found)
 
 # %% ../../nbs/run/03d_embedding.ipynb #e462ff7d
@@ -252,7 +259,7 @@ def _workers(asked: int | None, images: Squares) -> int:
     "Processes that read images: all cores for photographs, none for small images."
     if asked is not None: return asked
     few = images.crop == "whole" or len(images) < 256
-    return 0 if few else max(os.cpu_count() // world_size(), 1)
+    return 0 if few else cores_per_process()
 
 # %% ../../nbs/run/03d_embedding.ipynb #1f1343b0
 def _card(encoder, job: _Job, name: str | None) -> dict:
@@ -265,9 +272,8 @@ def _card(encoder, job: _Job, name: str | None) -> dict:
                 preprocessing=settings["preprocessing"], data=data, settings=settings)
 
 
-def _finish(job: _Job, card: dict, start: float) -> Embedding:
-    "Write the card; returns the result."
-    n = card["rows"] + len(card["skipped"])
+def _finish(job: _Job, card: dict, start: float, n: int) -> Embedding:
+    "Write the card, with the speed for the n images of this call; returns the result."
     card |= dict(processes=world_size(), **speed(time.perf_counter() - start, n), **environment())
     if is_main():
         write_atomic(card_file(job.path), json.dumps(card, indent=2).encode())
@@ -314,8 +320,8 @@ def embed(
     job = _Job(network, images, path, pieces, _workers(workers, images), skip_bad)
     with _workplace(pieces.folder):
         if not on_main(lambda: _is_finished(job)):
-            pieces.fill(lambda mine: _compute(job, mine), progress)
+            computed = pieces.fill(lambda mine: _compute(job, mine), progress)
             card = _card(encoder, job, name)
-            done = _finish(job, card | _join(job, card), start)
+            done = _finish(job, card | _join(job, card), start, computed)
         else: done = Embedding(path, on_main(lambda: read_json(card_file(path))))
     return done

@@ -26,11 +26,12 @@ from ..model.inputs import input_channels
 from ..core.lock import locked_folder
 from ..core.store import check_same_settings, copy_atomic, read_json, remove_unfinished
 from ..core.store import write_atomic
-from ..evaluate.features import check_split, encoder_features
+from ..evaluate.features import check_split, encoder_features, on_fastest_device
 from ..evaluate.frozen import knn_accuracy, linear_evaluation, logistic_accuracy
 from ..evaluate.image_classifier import fit_classifier
 from ..evaluate.prediction import save_classifier
 from ..evaluate.tuning import finetune
+from ..images.contents import keep_contents, list_contents
 from ..images.labels import load_label_list, match_list
 from ..evaluate.result import Result, load_result
 from .report import classifier_parts, drawn_html, error_line, report_html
@@ -183,16 +184,19 @@ _FREE = {"encoder", "protocol", "out", "workers", "root", "transfer", "fractions
          "save"}  # may change
 
 
-def _settings(config: EvaluationConfig) -> dict:
+def _settings(config: EvaluationConfig, encoder: nn.Module) -> dict:
     "Settings that all results of a folder share."
     settings = {k: v for k, v in asdict(config).items() if k not in _FREE}
-    digest = weights_digest(config.encoder)
-    return settings | dict(weights_sha256=digest)
+    settings["size"] = config.size or pretraining_size(encoder)
+    if config.labels:
+        listed = Path(config.labels).read_bytes()
+        settings["labels_sha256"] = hashlib.sha256(listed).hexdigest()
+    return settings | dict(weights_sha256=weights_digest(config.encoder))
 
 
-def _folder(config: EvaluationConfig, settings: dict) -> Path:
-    "Folder of the run; by default named after these settings."
-    digest = hashlib.sha256(json.dumps(settings, indent=2).encode()).hexdigest()
+def _folder(config: EvaluationConfig, about: dict) -> Path:
+    "Folder of the run; by default named after settings and images."
+    digest = hashlib.sha256(json.dumps(about, indent=2).encode()).hexdigest()
     return Path(config.out or Path("runs") / f"{Path(config.encoder).stem}-{digest[:8]}")
 
 # %% ../../nbs/run/03_evaluate.ipynb #9703de52
@@ -223,10 +227,10 @@ def _checked(dls: SimCLRDataLoaders) -> SimCLRDataLoaders:
     return dls
 
 # %% ../../nbs/run/03_evaluate.ipynb #99767119
-def _tasks(config: EvaluationConfig, encoder: nn.Module, folder: Path) -> dict[str, Callable]:
+def _tasks(config: EvaluationConfig, encoder: nn.Module, loaders: Callable,
+           folder: Path) -> dict[str, Callable]:
     "Name of each result to the function that computes it; reads data on first use."
     name = Path(config.encoder).name
-    loaders = cache(partial(_loaders, config, encoder))
     dls = cache(lambda: _checked(loaders()))
     @cache
     def features(): return encoder_features(encoder, dls(), name, progress=True)
@@ -332,9 +336,10 @@ def _stored(path: Path, config: EvaluationConfig) -> Result:
     return result
 
 # %% ../../nbs/run/03_evaluate.ipynb #a81f3c15
-def _evaluate(config: EvaluationConfig, encoder: nn.Module, folder: Path) -> EvaluationRun:
+def _evaluate(config: EvaluationConfig, encoder: nn.Module, loaders: Callable,
+              folder: Path) -> EvaluationRun:
     "Results of all protocols: stored ones from the folder, and new ones."
-    tasks = _tasks(config, encoder, folder)
+    tasks = _tasks(config, encoder, loaders, folder)
     results = {}
     for name, task in tasks.items():
         path = folder / f"{name}.json"
@@ -350,6 +355,13 @@ def _evaluate(config: EvaluationConfig, encoder: nn.Module, folder: Path) -> Eva
     if config.save: copy_atomic(folder / _SAVED, config.save)
     return EvaluationRun(folder, results, config.save)
 
+# %% ../../nbs/run/03_evaluate.ipynb #3e48b675
+def _images(config: EvaluationConfig, loaders: Callable) -> dict[str, list]:
+    "Names, sizes and labels of the images that the protocols read; empty for transfer alone."
+    if all(protocol.startswith("transfer") for protocol in _protocols(config)): return {}
+    return {kind: list_contents(loader.dataset)
+            for kind, loader in zip(("training", "validation"), loaders(), strict=True)}
+
 # %% ../../nbs/run/03_evaluate.ipynb #923064ea
 def run_evaluation(
     config: EvaluationConfig,  # Encoder, data and protocols
@@ -359,9 +371,13 @@ def run_evaluation(
     options = dict(size=config.size or 224) if "/" in (config.arch or "") else {}
     if config.arch and config.channels: options["in_channels"] = config.channels
     encoder = open_encoder(config.encoder, config.arch, config.normalize, **options)
-    settings = _settings(config)
-    folder = _folder(config, settings)
+    encoder = on_fastest_device(encoder)
+    settings = _settings(config, encoder)
+    loaders = cache(partial(_loaders, config, encoder))
+    images = _images(config, loaders)
+    folder = _folder(config, settings | images)
     with locked_folder(folder):
         remove_unfinished(folder)
         _keep_settings(folder, settings)
-        return _evaluate(config, encoder, folder)
+        if images: keep_contents(folder / "images.json.gz", images)
+        return _evaluate(config, encoder, loaders, folder)

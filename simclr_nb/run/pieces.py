@@ -136,7 +136,7 @@ def fill(
     self: Pieces,
     compute: Callable[[list[int]], Iterator],  # Computes and saves these pieces; yields per batch
     progress: bool = False,  # Show a bar with ETA
-) -> None:
+) -> int:  # Rows that were missing
     "Compute all missing pieces, split among processes; raises the errors of `compute`."
     missing = from_main([i for i in range(len(self)) if not self.file(i).is_file()])
     shares = [missing[r :: world_size()] for r in range(world_size())]
@@ -149,3 +149,4 @@ def fill(
         try: next(work, None)
         except Exception as caught: error = caught
         agree(error)
+    return sum(len(self.rows(i)) for i in missing)

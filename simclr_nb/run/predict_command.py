@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..core.choices import quoted
 from ..core.store import atomic_file
+from ..evaluate.features import on_fastest_device
 from ..evaluate.prediction import Prediction, load_classifier, predict
 
 # %% ../../nbs/run/03g_predict.ipynb #d1c895b4
@@ -79,6 +80,7 @@ def run_prediction(
 ) -> PredictionRun:
     "Classify files; raises the errors of `load_classifier`, `predict` and `write_predictions`."
     classifier = load_classifier(config.classifier)
+    on_fastest_device(classifier.encoder)
     given = [Path(image).expanduser().resolve() for image in config.images]
     if Path(config.out).resolve() in given:
         raise ValueError(f"{quoted(config.out)} is among the images: write to another file (--out)")

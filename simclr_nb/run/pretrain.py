@@ -41,6 +41,7 @@ from ..views.policy import create_policy
 from ..model.head import load_head
 from ..train.checkpoint import CheckpointCallback, find_checkpoints, latest_checkpoint
 from ..train.start import start_from
+from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 
 # %% ../../nbs/run/02_pretrain.ipynb #b5639cde
@@ -84,20 +85,26 @@ def _save_model(learn: SimCLRLearner, settings: dict, folder: Path) -> None:
     if hasattr(learn.model, "head"): learn.save_head(folder / "head.safetensors")
 
 # %% ../../nbs/run/02_pretrain.ipynb #380cd455
+class _Steps(Callback):
+    "Count the training steps of this process, not those before a resume."
+    def before_fit(self): self.learn.steps_here = 0
+    def after_step(self): self.learn.steps_here += 1
+
+
 def _pretrain(learn: SimCLRLearner, config: RunConfig, folder: Path, cbs: list,
               budget: TimeBudget | None) -> dict:
     "Train and save the encoder; return facts on its training for the card."
     start = time.perf_counter()
     saving = CheckpointCallback(folder / "state", config.checkpoint_minutes, resume=config.resume)
-    cbs = [HistoryCallback(folder / "history.csv"), *cbs, saving]
+    cbs = [HistoryCallback(folder / "history.csv"), _Steps(), *cbs, saving]
     options = {name: getattr(config, name) for name in METHODS[config.method].fit_options}
     if budget: options["minutes"] = budget
     learn.pretrain(config.epochs, config.lr, cbs=cbs, **options)
     seconds = time.perf_counter() - start
     trained = learn.time_plan.facts() if budget else dict(epochs=config.epochs)
-    n_images = round(trained["epochs"] * len(learn.dls.train) * config.bs)
     if is_main(): _save_model(learn, asdict(config) | trained, folder)
-    return dict(processes=world_size()) | speed(seconds, n_images) | environment() | trained
+    facts = speed(seconds, learn.steps_here * config.bs) | environment()
+    return dict(processes=world_size()) | facts | trained
 
 # %% ../../nbs/run/02_pretrain.ipynb #03a2df09
 @dataclass
@@ -297,6 +304,7 @@ def _start_from(learn: SimCLRLearner, begun: Path) -> None:
     else:
         learn.load_encoder(begun / "encoder.safetensors")
         if hasattr(learn.model, "head"): load_head(begun / "head.safetensors", learn.model.head)
+        if hasattr(learn.model, "after_loading"): learn.model.after_loading()
         what = "encoder and head (its optimiser was not kept, see --keep-state)"
     if is_main(): print(f"beginning with {what} of {quoted(begun)}")
 

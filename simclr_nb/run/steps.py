@@ -7,6 +7,7 @@ __all__ = ['Step', 'pretrain_command', 'next_steps', 'steps_html']
 
 # %% ../../nbs/run/01e_steps.ipynb #95f5874f
 import math
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -45,12 +46,16 @@ def pretrain_command(
     "Command that pretrains with these settings, except for `out` and `resume`."
     usual = asdict(complete_config(RunConfig(config.data, config.method)))
     usual |= dict(epochs=None, method="simclr")  # write epochs and other methods
+    if config.scaling != usual["scaling"] or config.optimizer: usual["lr"] = None  # depends on them
     left_out = {"data", "out", "resume", "preset"}
     settings = {name: value for name, value in asdict(config).items()
                 if name not in left_out and value != usual[name]}
     words = ["simclr-pretrain", str(config.data), *_options(settings)]
     if world_size() == 1: return shlex.join(words)
-    return shlex.join(["torchrun", "--nproc-per-node", str(world_size()), "--no-python", *words])
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))  # processes of a machine
+    launch = ["torchrun", "--nproc-per-node", str(each), "--no-python"]
+    if each < world_size(): launch[1:1] = ["--nnodes", str(world_size() // each)]
+    return shlex.join([*launch, *words])
 
 # %% ../../nbs/run/01e_steps.ipynb #b781947e
 def _last_quarter(losses: Sequence[float]) -> tuple[float, float]:

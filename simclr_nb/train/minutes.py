@@ -169,6 +169,7 @@ class MinutesCallback(Callback):
 
     def before_fit(self):
         seconds, steps = self.budget.minutes * 60, _steps_between(self.learn)
+        if len(self.dls.train) == 1: steps = 0  # the time of a step then includes that
         self.plan = TimePlan(seconds, len(self.dls.train), self.budget.reserve, steps)
         self.learn.time_plan = self.plan
         self.last = None  # end time and epoch of the last step
@@ -212,7 +213,7 @@ def _time(self: MinutesCallback) -> None:
     plan = self.plan
     if self.last is not None and self.train_iter > 2:
         seconds = now - self.last[0]
-        if self.last[1] == self.epoch: plan.clock.add(seconds)
+        if self.last[1] == self.epoch or plan.batches == 1: plan.clock.add(seconds)
         elif plan.clock.n: plan.ends.append(max(seconds - plan.clock.seconds(), 0))
     self.last = now, self.epoch
 
@@ -258,7 +259,7 @@ def state_dict(self: MinutesCallback) -> dict:
     "Return plan, progress and times."
     plan = self.plan
     seconds = plan.clock.seconds() if plan.clock.n else None
-    return dict(used=self.used(), total=plan.total, plans=list(plan.plans),
+    return dict(used=self.used(), epoch=self.epoch, total=plan.total, plans=list(plan.plans),
                 progress=plan.progress, step_seconds=seconds, ends=list(plan.ends))
 
 
@@ -271,4 +272,5 @@ def load_state_dict(self: MinutesCallback, state: dict) -> None:
     plan.plans = [tuple(pair) for pair in state["plans"]]
     plan.ends.extend(state["ends"])
     if state["step_seconds"] is not None: plan.clock.add(state["step_seconds"])
-    if plan.total is not None: self.learn.n_epoch = -(-plan.total // plan.batches)
+    if plan.total is None: self.learn.n_epoch = state.get("epoch", 0) + 2
+    else: self.learn.n_epoch = -(-plan.total // plan.batches)

@@ -30,6 +30,7 @@ def is_rising(
     epochs: int = 10,  # Epochs without a new minimum of the validation loss
 ) -> bool:
     "Whether the validation loss has stopped falling while the training loss went on."
+    if not all(map(math.isfinite, valid)): return False  # no loss outside the training images
     best = valid.index(min(valid))
     return len(valid) - 1 - best >= epochs and train[-1] < train[best]
 

@@ -14,6 +14,19 @@ from fastcore.foundation import L
 from ..parallel.microbatch import bare_model
 from .state import set_loss_state
 
+# %% ../../nbs/train/05d_start.ipynb #5acd6ac9
+def _groups(opt) -> list[dict]:
+    "Groups of parameters of an optimiser of fastai or PyTorch, with their settings."
+    return opt.hypers if isinstance(opt, Optimizer) else opt.opt.param_groups
+
+
+def _load_averages(opt, state: dict) -> None:
+    "Load the averages of an optimiser, but not its settings, such as the weight decay."
+    own = [{k: v for k, v in group.items() if k != "params"} for group in _groups(opt)]
+    opt.load_state_dict(state)
+    if isinstance(opt, Optimizer): opt.hypers = L(opt.hypers)
+    for group, settings in zip(_groups(opt), own, strict=True): group.update(settings)
+
 # %% ../../nbs/train/05d_start.ipynb #330c805f
 def start_from(
     learn: Learner,  # A learner of the same model and optimiser, before its fit
@@ -26,9 +39,8 @@ def start_from(
     if ours != theirs: raise ValueError(f"that run was trained by {theirs}, this one by {ours}")
     try:
         bare_model(learn.model).load_state_dict(state["model"])
-        learn.opt.load_state_dict(state["opt"])
+        _load_averages(learn.opt, state["opt"])
     except (KeyError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
         raise ValueError(f"the state of that run does not fit this one: {why}") from None
-    if isinstance(learn.opt, Optimizer): learn.opt.hypers = L(learn.opt.hypers)
     set_loss_state(learn.loss_func, state.get("loss"))
