@@ -258,6 +258,14 @@ def test_titles_differ():
     assert len(set(titles)) == len(titles), sorted(t for t in titles if titles.count(t) > 1)
 
 
+def test_links_to_notebooks_have_their_titles():
+    "In the overviews, which code hosts show as they are."
+    for page in (ROOT / "nbs").rglob("index.md"):
+        for text, name in re.findall(r"\[([^]]*)\]\(([^)]+\.ipynb)\)", page.read_text()):
+            cell = json.loads((page.parent / name).read_text())["cells"][0]
+            assert text == "".join(cell["source"]).splitlines()[0].removeprefix("# "), page
+
+
 def test_notebooks_live_in_wings():
     "Every notebook is the index, a tutorial, or a numbered room of a wing; numbers differ in a wing."
     wings = [wing for wing, about in WINGS.items() if about]

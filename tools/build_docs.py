@@ -72,9 +72,7 @@ def subtitle(notebook: Path) -> str:
 
 
 def overview(page: Path, dst: Path) -> str:
-    "The page of a wing: links get the titles of their notebooks, the picture comes from one of them."
-    def link(m): return f"[{title(page.parent / m[1])}]({m[1]})"
-
+    "The page of a wing, with the list of its rooms; the picture comes from one of them."
     def figure(m):
         cell = next((c for c in read_nb(page.parent / m[1]).cells if c.id == m[2]), None)
         if cell is None or not picture(cell): raise SystemExit(f"{page}: no picture in {m[1]} {m[2]}")
@@ -84,8 +82,7 @@ def overview(page: Path, dst: Path) -> str:
         caption = f"{caption} (from [{title(page.parent / m[1])}]({m[1]}))"
         return f'![{caption}](overview.{kind}){{fig-alt="{alt}"}}'
     rooms_in_order = [f"1. [{title(p)}]({p.name}). {subtitle(p)}" for p in rooms(page.parent.name)]
-    text = re.sub(r"\[\]\((\S+\.ipynb)\)", link, page.read_text("utf-8"))
-    text = text.replace("<!-- rooms -->", "## In reading order\n\n" + "\n".join(rooms_in_order))
+    text = page.read_text("utf-8").replace("<!-- rooms -->", "## In reading order\n\n" + "\n".join(rooms_in_order))
     return renumbered(FIGURE.sub(figure, text))
 
 
