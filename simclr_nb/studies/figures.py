@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from ..core.show import COLORS, PALETTE, figure_text
 from .design import Table
@@ -241,6 +242,11 @@ def _draw_scatter(table: Table, series: dict, xlabel: str, ylabel: str, measure:
     for i, (name, points) in enumerate(series.items()):
         _scatter_series(ax, table, points, measure, _color(name, i), name)
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logx else "linear")
+    if logx:
+        low, high = ax.get_xlim()
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
     ax.margins(0.12)
     _legend(fig, ax, series)
     return fig
