@@ -237,7 +237,8 @@ def _scatter_series(ax, table: Table, points: dict, measure: str, color: str, na
 def _draw_scatter(table: Table, series: dict, xlabel: str, ylabel: str, measure: str,
                   logx: bool) -> Figure:
     "Draw the figure of `scatter`."
-    fig = Figure(figsize=(6.6, 3.4), layout="constrained")
+    many = sum(map(len, series.values())) > 12  # points, whose labels need room
+    fig = Figure(figsize=(7.5, 5.5) if many else (6.6, 3.4), layout="constrained")
     ax = fig.subplots()
     for i, (name, points) in enumerate(series.items()):
         _scatter_series(ax, table, points, measure, _color(name, i), name)

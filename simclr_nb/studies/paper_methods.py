@@ -121,9 +121,9 @@ def _paper_points() -> dict[str, dict[str, tuple[float, float]]]:
     "Rows of Table 6: weights in millions and top-1."
     points = {"SimCLR": {}, "others": {}}
     for _, method, network, weights, top1, _ in paper_table("Table 6").rows:
-        width = network.removeprefix("ResNet-50").strip()
+        width = network[network.find("(") :] if "(" in network else ""
         if method.startswith("SimCLR"): points["SimCLR"][width or "1x"] = (weights, top1)
-        else: points["others"][f"{method} {width}"] = (weights, top1)
+        else: points["others"][f"{method} {width}".strip()] = (weights, top1)
     return points
 
 
