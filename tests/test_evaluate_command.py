@@ -95,7 +95,7 @@ def test_goes_on_after_a_kill(command, encoder, tmp_path):
     assert set(written) == {"evaluation", "knn"}
     assert command(encoder, *options)[0] == 0
     found = {path.name for path in (tmp_path / "run").iterdir()}
-    assert found == {"evaluation.json", "knn.json", "logistic.json", "report.html"}
+    assert found == {"evaluation.json", "images.json.gz", "knn.json", "logistic.json", "report.html"}
     for name, content in written.items():
         assert (tmp_path / f"run/{name}.json").read_bytes() == content
     assert json.loads(written["evaluation"])["weights_sha256"]
