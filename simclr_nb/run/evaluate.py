@@ -31,7 +31,7 @@ from ..evaluate.frozen import knn_accuracy, linear_evaluation, logistic_accuracy
 from ..evaluate.image_classifier import fit_classifier
 from ..evaluate.prediction import save_classifier
 from ..evaluate.tuning import finetune
-from ..images.contents import keep_contents, list_contents
+from ..images.contents import keep_contents, loader_contents
 from ..images.labels import load_label_list, match_list
 from ..evaluate.result import Result, load_result
 from .report import classifier_parts, drawn_html, error_line, report_html
@@ -44,7 +44,7 @@ from ..transfer.table import transfer_table
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # Mean of RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# %% ../../nbs/run/03_evaluate.ipynb #4c20bee5
+
 def _read_state(path: Path) -> dict[str, Tensor]:
     "Tensors of a file of weights; raises `ValueError` if it contains anything else."
     try:
@@ -71,8 +71,7 @@ def _matching(path: Path, wanted: list[str]) -> tuple[dict[str, Tensor], list[st
     gaps = {s: [n for n in wanted if s + n not in state and not n.endswith("num_batches_tracked")]
             for s in starts or {""}}
     start = min(gaps, key=lambda s: (len(gaps[s]), -len(s)))
-    gap = gaps[start]
-    if gap:
+    if gap := gaps[start]:
         has = ", ".join(list(state)[:3])
         raise ValueError(f"{str(path)!r}: {len(gap)} of {len(wanted)} weights are missing, such as "
                          f"{gap[0]!r}; the file has {has}, ...: is it another architecture?")
@@ -188,9 +187,7 @@ def _settings(config: EvaluationConfig, encoder: nn.Module) -> dict:
     "Settings that all results of a folder share."
     settings = {k: v for k, v in asdict(config).items() if k not in _FREE}
     settings["size"] = config.size or pretraining_size(encoder)
-    if config.labels:
-        listed = Path(config.labels).read_bytes()
-        settings["labels_sha256"] = hashlib.sha256(listed).hexdigest()
+    if config.labels: settings["labels"] = load_label_list(config.labels)  # it may change
     return settings | dict(weights_sha256=weights_digest(config.encoder))
 
 
@@ -227,8 +224,7 @@ def _checked(dls: SimCLRDataLoaders) -> SimCLRDataLoaders:
     return dls
 
 # %% ../../nbs/run/03_evaluate.ipynb #99767119
-def _tasks(config: EvaluationConfig, encoder: nn.Module, loaders: Callable,
-           folder: Path) -> dict[str, Callable]:
+def _tasks(config: EvaluationConfig, encoder, loaders: Callable, folder: Path) -> dict:
     "Name of each result to the function that computes it; reads data on first use."
     name = Path(config.encoder).name
     dls = cache(lambda: _checked(loaders()))
@@ -336,8 +332,7 @@ def _stored(path: Path, config: EvaluationConfig) -> Result:
     return result
 
 # %% ../../nbs/run/03_evaluate.ipynb #a81f3c15
-def _evaluate(config: EvaluationConfig, encoder: nn.Module, loaders: Callable,
-              folder: Path) -> EvaluationRun:
+def _evaluate(config: EvaluationConfig, encoder, loaders: Callable, folder: Path) -> EvaluationRun:
     "Results of all protocols: stored ones from the folder, and new ones."
     tasks = _tasks(config, encoder, loaders, folder)
     results = {}
@@ -355,13 +350,6 @@ def _evaluate(config: EvaluationConfig, encoder: nn.Module, loaders: Callable,
     if config.save: copy_atomic(folder / _SAVED, config.save)
     return EvaluationRun(folder, results, config.save)
 
-# %% ../../nbs/run/03_evaluate.ipynb #3e48b675
-def _images(config: EvaluationConfig, loaders: Callable) -> dict[str, list]:
-    "Names, sizes and labels of the images that the protocols read; empty for transfer alone."
-    if all(protocol.startswith("transfer") for protocol in _protocols(config)): return {}
-    return {kind: list_contents(loader.dataset)
-            for kind, loader in zip(("training", "validation"), loaders(), strict=True)}
-
 # %% ../../nbs/run/03_evaluate.ipynb #923064ea
 def run_evaluation(
     config: EvaluationConfig,  # Encoder, data and protocols
@@ -370,11 +358,12 @@ def run_evaluation(
     _check(config)
     options = dict(size=config.size or 224) if "/" in (config.arch or "") else {}
     if config.arch and config.channels: options["in_channels"] = config.channels
-    encoder = open_encoder(config.encoder, config.arch, config.normalize, **options)
-    encoder = on_fastest_device(encoder)
+    encoder = on_fastest_device(open_encoder(config.encoder, config.arch, config.normalize,
+                                             **options))
     settings = _settings(config, encoder)
     loaders = cache(partial(_loaders, config, encoder))
-    images = _images(config, loaders)
+    only_transfer = all(protocol.startswith("transfer") for protocol in _protocols(config))
+    images = {} if only_transfer else loader_contents(loaders())
     folder = _folder(config, settings | images)
     with locked_folder(folder):
         remove_unfinished(folder)

@@ -43,7 +43,7 @@ def _measured(e: Estimate, measure: str) -> str:
     low, high = e.interval
     return f"{text} ({low:+.1f} to {high:+.1f})"
 
-
+# %% ../../nbs/studies/08_pages.ipynb #9f9774ad
 def _differences(verdict: Verdict, most: int = 6) -> list[str]:
     "All contrasts in words; of many differences, the three smallest, and the range of the rest."
     claim, found = verdict.claim, list(verdict.estimates)

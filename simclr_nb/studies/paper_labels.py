@@ -226,7 +226,8 @@ FIGURE_B6 = Study(
     "Does a larger network help fine-tuning as it helps linear evaluation?", _SIZE_CELLS,
     (*_correlations("Figure B.6"),
      _gain([cell.name for cell in _SIZE_CELLS], [LOG_SIZE[size] for size in _SIZES],
-           "a larger network helps fine-tuning on 1% of the labels more than on all labels", "Figure B.6")),
+           "a larger network helps fine-tuning on 1% of the labels more than on all labels",
+           "Figure B.6")),
     "Figure B.6", _tuned_plot({size: cell.name for size, cell in zip(_SIZES, _SIZE_CELLS)}),
     (*_LABEL_DIFFERS, "four networks, 12 runs"))
 
