@@ -167,7 +167,6 @@ import resource, sys
 import numpy as np, torch
 from torch import nn
 from simclr_nb.run.embedding import embed
-from simclr_nb.run.evaluate import EvaluationConfig, _loaders
 
 encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 2048))
 pixels = np.zeros((40_000, 8, 8, 3), np.uint8)

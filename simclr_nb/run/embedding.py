@@ -25,7 +25,7 @@ from ..core.lock import locked_folder
 from ..core.processes import cores_per_process, from_main, is_main, join_processes
 from ..core.processes import kept_memory, world_size
 from ..core.store import check_same_settings, read_json, remove_unfinished, write_atomic
-from ..evaluate.features import encoder_config
+from ..evaluate.features import encoder_config, on_fastest_device
 from ..evaluate.result import environment, speed
 from ..images.bands import BAND_SUFFIXES
 from ..images.epochs import one_pass_loader
@@ -46,7 +46,6 @@ from simclr_nb.run.vector_files import (
     read_vectors,
     write_vectors,
 )
-from fastai.torch_core import default_device
 
 # %% ../../nbs/run/03d_embedding.ipynb #7996750e
 def encoder_source(
@@ -236,7 +235,7 @@ class Embedding:
 def _opened(encoder: nn.Module | str | Path, layer: str | None) -> nn.Module:
     "The encoder, or its layer, on the fastest device."
     if not isinstance(encoder, nn.Module):
-        encoder = open_encoder(encoder_source(encoder)).to(default_device())
+        encoder = on_fastest_device(open_encoder(encoder_source(encoder)))
         encoder = encoder.to(memory_format=memory_format_for(encoder))
     return encoder_layer(encoder, layer) if layer else encoder
 

@@ -9,9 +9,9 @@ __all__ = ['start_from']
 import simclr_nb.core.quiet  # before fastai
 from fastai.learner import Learner
 from fastai.optimizer import Optimizer
-from fastcore.foundation import L
 
 from ..parallel.microbatch import bare_model
+from .checkpoint import load_optimizer
 from .state import set_loss_state
 
 # %% ../../nbs/train/05d_start.ipynb #5acd6ac9
@@ -23,8 +23,7 @@ def _groups(opt) -> list[dict]:
 def _load_averages(opt, state: dict) -> None:
     "Load the averages of an optimiser, but not its settings, such as the weight decay."
     own = [{k: v for k, v in group.items() if k != "params"} for group in _groups(opt)]
-    opt.load_state_dict(state)
-    if isinstance(opt, Optimizer): opt.hypers = L(opt.hypers)
+    load_optimizer(opt, state)
     for group, settings in zip(_groups(opt), own, strict=True): group.update(settings)
 
 # %% ../../nbs/train/05d_start.ipynb #330c805f
